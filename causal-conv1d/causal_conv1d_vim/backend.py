@@ -1,0 +1,85 @@
+"""Which implementation of an operator runs: chosen by device and dtype at call time, or forced.
+
+Every operator keeps a table `{backend name: module}`. A module says `why_not(...)`: `None` if it can serve these
+tensors, otherwise the reason in one clause. The first backend in the order of `BACKENDS` that can serve is used; a
+reason to decline is logged once. `VIM_BACKEND=reference|cpu|triton|cuda`, or `use_backend`, forces one, and a forced
+backend that cannot run raises.
+"""
+
+import contextlib
+import contextvars
+import logging
+import os
+from collections.abc import Callable, Iterator
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+
+_logger = logging.getLogger("vision_mamba")
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("vim_backend", default=None)
+_said: set[tuple[str, str, str]] = set()
+
+
+class BackendError(RuntimeError):
+    """A forced backend cannot run, or its name is unknown."""
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise BackendError(f"{source} is {name!r}, but the backends are {', '.join(BACKENDS)}")
+    return name
+
+
+def forced_backend() -> str | None:
+    """Name of the backend forced by `use_backend` or else by the environment variable VIM_BACKEND, or None."""
+    if (name := _forced.get()) is not None:
+        return name
+    if name := os.environ.get("VIM_BACKEND"):
+        return _checked(name, "VIM_BACKEND")
+    return None
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Force one backend for every operator called inside the `with` block; None restores the automatic choice.
+
+    Raises:
+        BackendError: the name is unknown; or, inside the block, an operator's call cannot be served by that backend.
+    """
+    token = _forced.set(None if name is None else _checked(name, "the backend"))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def choose(op: str, reasons: dict[str, Callable[[], str | None]]) -> str:
+    """Name of the backend that serves a call of `op`.
+
+    Args:
+        op: name of the operator, for messages.
+        reasons: for each backend that implements `op`, a function that gives None or the reason why it cannot run.
+
+    Raises:
+        BackendError: the forced backend declines.
+    """
+    if (name := forced_backend()) is not None:
+        reason = reasons[name]() if name in reasons else "it has no implementation of this operator"
+        if reason is not None:
+            raise BackendError(
+                f"backend {name!r} is forced but cannot run {op}: {reason}; unset VIM_BACKEND to choose automatically"
+            )
+        return name
+    for name in BACKENDS:
+        if name not in reasons:
+            continue
+        reason = reasons[name]()
+        if reason is None:
+            return name
+        _say_once(op, name, reason)
+    raise BackendError(f"no backend can run {op}")
+
+
+def _say_once(op: str, name: str, reason: str) -> None:
+    if (op, name, reason) not in _said:
+        _said.add((op, name, reason))
+        _logger.info("%s: backend %s declines: %s", op, name, reason)

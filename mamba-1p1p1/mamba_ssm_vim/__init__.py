@@ -1,0 +1,1 @@
+"""Kernels and modules of Mamba-1, bidirectional included."""
