@@ -1,0 +1,45 @@
+"""What the operators' autograd functions share."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+
+def gradients(
+    function: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]],
+    inputs: Sequence[torch.Tensor | None],
+    cotangents: Sequence[torch.Tensor | None],
+) -> tuple[torch.Tensor | None, ...]:
+    """Vector-Jacobian product of a reference function, None for every input that is None.
+
+    Args:
+        function: differentiable function of `inputs`; gives a tensor or a tuple of tensors.
+        inputs: its arguments, tensors or None.
+        cotangents: one per output; None counts as zeros.
+    """
+    with torch.enable_grad():
+        leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
+        outputs = function(*leaves)
+        if isinstance(outputs, torch.Tensor):
+            outputs = (outputs,)
+        pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if c is not None and o.requires_grad]
+        present = [t for t in leaves if t is not None]
+        found = iter(
+            torch.autograd.grad(
+                [o for o, _ in pairs], present, [c for _, c in pairs], allow_unused=True, materialize_grads=True
+            )
+        )
+    return tuple(None if t is None else next(found) for t in leaves)
+
+
+def forbid_double_backward(op: str, *cotangents: torch.Tensor | None) -> None:
+    """Raise if a backward pass is itself being differentiated.
+
+    Raises:
+        RuntimeError: `create_graph=True` reached this operator.
+    """
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in cotangents):
+        raise RuntimeError(
+            f"{op} has no second derivative: call backward without create_graph=True, "
+            "or differentiate the reference function twice"
+        )

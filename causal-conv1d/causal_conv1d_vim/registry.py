@@ -1,0 +1,43 @@
+"""The backends of an operator: one module each, present or not, and the choice among them per call."""
+
+import importlib
+import importlib.util
+from types import ModuleType
+
+import torch
+
+from causal_conv1d_vim.backend import BACKENDS, choose
+
+
+class OpBackends:
+    """Backend modules of one operator, imported when first asked for.
+
+    Args:
+        op: name for messages.
+        package: package that holds the modules `cuda`, `triton`, `cpu`; one that does not exist is not a candidate.
+    """
+
+    def __init__(self, op: str, package: str) -> None:
+        self.op = op
+        self._package = package
+        self._modules: dict[str, ModuleType] = {}
+        self._names = [
+            name
+            for name in BACKENDS
+            if name == "reference" or importlib.util.find_spec(f"{package}.{name}") is not None
+        ]
+
+    @property
+    def names(self) -> list[str]:
+        """Backends that implement the operator, in order of preference."""
+        return list(self._names)
+
+    def module(self, name: str) -> ModuleType:
+        """The backend's module."""
+        if name not in self._modules:
+            self._modules[name] = importlib.import_module(f"{self._package}.{name}")
+        return self._modules[name]
+
+    def pick(self, *args: torch.Tensor | None) -> str:
+        """Name of the backend for a call with these tensors (the arguments of the modules' `why_not`)."""
+        return choose(self.op, {name: lambda name=name: self.module(name).why_not(*args) for name in self._names})

@@ -1,0 +1,82 @@
+"""The mixer between in_proj and out_proj: convolution, projections and scan, in one or two directions.
+
+Legend: B batch, L tokens, E inner channels, N states, R rank of dt, W convolution width.
+"""
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from causal_conv1d_vim.conv import causal_conv1d
+from causal_conv1d_vim.registry import OpBackends
+
+from mamba_ssm_vim.ops.selective_scan import selective_scan
+
+backends = OpBackends("mixer", "mamba_ssm_vim.ops.mixer")
+
+
+@dataclasses.dataclass
+class Direction:
+    """Parameters of one pass over the tokens.
+
+    Attributes:
+        conv_weight: (E, W).
+        conv_bias: (E,) or None.
+        x_proj_weight: (R + 2N, E); gives dt's low-rank input, B and C.
+        dt_proj_weight: (E, R).
+        dt_bias: (E,), added before softplus.
+        A: (E, N) float32, negative.
+        D: (E,) float32.
+        reverse: convolve and scan from the last token to the first.
+        A_back: (E, N) float32 or None; a second scan of the same convolved input in the opposite direction, with this
+            A and all else shared (the "v1" mixer of arXiv 2401.09417's code).
+    """
+
+    conv_weight: torch.Tensor
+    conv_bias: torch.Tensor | None
+    x_proj_weight: torch.Tensor
+    dt_proj_weight: torch.Tensor
+    dt_bias: torch.Tensor
+    A: torch.Tensor
+    D: torch.Tensor
+    reverse: bool = False
+    A_back: torch.Tensor | None = None
+
+
+def _one_direction(x: torch.Tensor, z: torch.Tensor, p: Direction) -> torch.Tensor:
+    rank, dstate = p.dt_proj_weight.shape[1], p.A.shape[1]
+    x = causal_conv1d(x, p.conv_weight, p.conv_bias, activation="silu", reverse=p.reverse)
+    dt, B, C = F.linear(x, p.x_proj_weight.to(x.dtype)).split([rank, dstate, dstate], dim=-1)
+    delta = F.linear(dt, p.dt_proj_weight.to(x.dtype))
+    B, C = B.unsqueeze(2), C.unsqueeze(2)
+    out = selective_scan(x, delta, p.A, B, C, p.D, z, p.dt_bias, delta_softplus=True, reverse=p.reverse)
+    if p.A_back is not None:
+        out = out + selective_scan(
+            x, delta, p.A_back, B, C, p.D, z, p.dt_bias, delta_softplus=True, reverse=not p.reverse
+        )
+    return out
+
+
+def mixer(xz: torch.Tensor, directions: list[Direction], *, scale: float = 1.0) -> torch.Tensor:
+    """Sum over directions of the gated selective scan of the convolved input, times `scale` (algorithm 1 of Vim).
+
+    Args:
+        xz: (B, L, 2E), the output of in_proj: x in the first E channels, the gate z in the last.
+        directions: one or two passes; their outputs are added.
+        scale: factor of the sum; Vim halves it.
+
+    Returns:
+        (B, L, E) in xz's dtype, the input of out_proj.
+    """
+    x, z = xz.chunk(2, dim=-1)
+    # The projections run in xz's dtype whatever autocast would choose for them, as a fused kernel does.
+    with torch.autocast(xz.device.type, enabled=False):
+        out = _one_direction(x, z, directions[0])
+        for direction in directions[1:]:
+            out = out + _one_direction(x, z, direction)
+    return out if scale == 1.0 else out * scale
+
+
+def bimamba_inner(xz: torch.Tensor, forward: Direction, backward: Direction, *, divide: bool = True) -> torch.Tensor:
+    """The bidirectional mixer "v2": own parameters per direction, summed, and halved if `divide`. See `mixer`."""
+    return mixer(xz, [forward, backward], scale=0.5 if divide else 1.0)

@@ -1,0 +1,207 @@
+"""Residual add and norm as one torch operator, and the modules and published functions on top of it."""
+
+import torch
+from causal_conv1d_vim.autodiff import forbid_double_backward
+from causal_conv1d_vim.registry import OpBackends
+from torch import nn
+
+backends = OpBackends("add_norm", "mamba_ssm_vim.ops.norm")
+
+
+def _forward(x, residual, weight, bias, eps, rms, residual_dtype):
+    backend = backends.module(backends.pick(x))
+    return backend, *backend.forward(x, residual, weight, bias, eps=eps, rms=rms, residual_dtype=residual_dtype)
+
+
+@torch.library.custom_op("vision_mamba::add_norm", mutates_args=())
+def _op(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    rms: bool,
+    residual_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    _, y, residual_out, mean, rstd = _forward(x, residual, weight, bias, eps, rms, residual_dtype)
+    return y, residual_out, rstd.new_empty(0) if mean is None else mean, rstd
+
+
+@_op.register_fake
+def _(x, residual, weight, bias, eps, rms, residual_dtype):
+    statistics = x.new_empty(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32))
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(x.shape, dtype=residual_dtype),
+        statistics.new_empty(0) if rms else statistics.clone(),
+        statistics,
+    )
+
+
+@torch.library.custom_op("vision_mamba::add_norm_backward", mutates_args=())
+def _op_backward(
+    dy: torch.Tensor,
+    dresidual_out: torch.Tensor | None,
+    residual_out: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    rms: bool,
+    x_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    backend = backends.module(backends.pick(dy))
+    dx, dresidual, dweight, dbias = backend.backward(
+        dy, dresidual_out, residual_out, weight, bias, None if rms else mean, rstd, rms=rms, x_dtype=x_dtype
+    )
+    # Outputs of an operator may not share memory, which the two gradients do when nothing had to be rounded.
+    dresidual = dresidual.clone() if dresidual.data_ptr() == dx.data_ptr() else dresidual
+    return dx, dresidual, dweight, weight.new_empty(0) if dbias is None else dbias
+
+
+@_op_backward.register_fake
+def _(dy, dresidual_out, residual_out, weight, bias, mean, rstd, rms, x_dtype):
+    compute = torch.promote_types(residual_out.dtype, torch.float32)
+    return (
+        dy.new_empty(dy.shape, dtype=x_dtype),
+        dy.new_empty(dy.shape, dtype=compute),
+        torch.empty_like(weight),
+        weight.new_empty(0) if bias is None else torch.empty_like(bias),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    x, residual, weight, bias, _, ctx.rms, _ = inputs
+    _, residual_out, mean, rstd = output
+    ctx.x_dtype, ctx.residual_dtype = x.dtype, None if residual is None else residual.dtype
+    ctx.save_for_backward(residual_out, weight, bias, mean, rstd)
+
+
+def _op_vjp(ctx, dy, dresidual_out, _dmean, _drstd):
+    residual_out, weight, bias, mean, rstd = ctx.saved_tensors
+    dx, dresidual, dweight, dbias = _op_backward(
+        dy, dresidual_out, residual_out, weight, bias, mean, rstd, ctx.rms, ctx.x_dtype
+    )
+    dresidual = None if ctx.residual_dtype is None else dresidual.to(ctx.residual_dtype)
+    return dx, dresidual, dweight, None if bias is None else dbias, None, None, None
+
+
+_op.register_autograd(_op_vjp, setup_context=_setup_context)
+
+
+class _AddNorm(torch.autograd.Function):
+    """The eager path: the same backends without the dispatcher's overhead."""
+
+    @staticmethod
+    def forward(ctx, x, residual, weight, bias, eps, rms, residual_dtype):
+        ctx.backend, y, residual_out, mean, rstd = _forward(x, residual, weight, bias, eps, rms, residual_dtype)
+        ctx.rms, ctx.x_dtype, ctx.residual_dtype = rms, x.dtype, None if residual is None else residual.dtype
+        ctx.save_for_backward(residual_out, weight, bias, mean, rstd)
+        ctx.set_materialize_grads(False)
+        return y, residual_out
+
+    @staticmethod
+    def backward(ctx, dy, dresidual_out):
+        forbid_double_backward("add_norm", dy, dresidual_out)
+        residual_out, weight, bias, mean, rstd = ctx.saved_tensors
+        if dy is None:
+            dy = torch.zeros(residual_out.shape, dtype=ctx.x_dtype, device=residual_out.device)
+        dx, dresidual, dweight, dbias = ctx.backend.backward(
+            dy, dresidual_out, residual_out, weight, bias, mean, rstd, rms=ctx.rms, x_dtype=ctx.x_dtype
+        )
+        dresidual = None if ctx.residual_dtype is None else dresidual.to(ctx.residual_dtype)
+        return dx, dresidual, dweight, dbias, None, None, None
+
+
+def add_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    rms: bool = True,
+    residual_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add x to the residual stream and normalise the sum; see `add_norm_ref` for shapes and equations.
+
+    Returns:
+        y (..., D) in x's dtype and the new residual (..., D) in `residual_dtype`.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    if weight.shape != x.shape[-1:] or (residual is not None and residual.shape != x.shape):
+        raise ValueError(
+            f"weight must be ({x.shape[-1]},) and residual {tuple(x.shape)}, got {tuple(weight.shape)} and "
+            f"{None if residual is None else tuple(residual.shape)}"
+        )
+    if residual_dtype is None:
+        residual_dtype = x.dtype if residual is None else residual.dtype
+    if torch.compiler.is_compiling():
+        return torch.ops.vision_mamba.add_norm(x, residual, weight, bias, eps, rms, residual_dtype)[:2]
+    return _AddNorm.apply(x, residual, weight, bias, eps, rms, residual_dtype)
+
+
+def layer_norm_fn(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    is_rms_norm: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Published signature: y, and with `prenorm` also the new residual."""
+    residual_dtype = torch.float32 if residual is None and residual_in_fp32 else None
+    y, residual_out = add_norm(x, residual, weight, bias, eps=eps, rms=is_rms_norm, residual_dtype=residual_dtype)
+    return (y, residual_out) if prenorm else y
+
+
+def rms_norm_fn(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """`layer_norm_fn` with RMSNorm."""
+    return layer_norm_fn(x, weight, bias, residual, eps, prenorm, residual_in_fp32, is_rms_norm=True)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, optionally with the residual add before it.
+
+    Args:
+        hidden_size: width D of the last dimension.
+        eps: added to the mean square.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
+        self.register_parameter("bias", None)
+
+    def reset_parameters(self) -> None:
+        """Weight to ones."""
+        nn.init.ones_(self.weight)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        prenorm: bool = False,
+        residual_in_fp32: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """x (..., D) → y (..., D), and with `prenorm` also the new residual."""
+        return rms_norm_fn(x, self.weight, self.bias, residual, self.eps, prenorm, residual_in_fp32)

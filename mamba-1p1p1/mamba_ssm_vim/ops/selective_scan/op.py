@@ -1,0 +1,155 @@
+"""Selective scan as a torch operator: registration, autograd and the public token-major function."""
+
+import torch
+from causal_conv1d_vim.autodiff import forbid_double_backward
+from causal_conv1d_vim.registry import OpBackends
+
+backends = OpBackends("selective_scan", "mamba_ssm_vim.ops.selective_scan")
+
+_Optional = torch.Tensor | None
+
+
+@torch.library.custom_op("vision_mamba::selective_scan", mutates_args=())
+def _op(
+    u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, D: _Optional, z: _Optional,
+    delta_bias: _Optional, initial_state: _Optional, delta_softplus: bool, reverse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    backend = backends.module(backends.pick(u, A, B, C))
+    out, last_state, _ = backend.forward(
+        u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus=delta_softplus, reverse=reverse, save=False
+    )
+    return out, last_state
+
+
+def _state_dtype(u: torch.Tensor, A: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(A.dtype, torch.promote_types(u.dtype, torch.float32))
+
+
+@_op.register_fake
+def _(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, reverse):
+    last_state = u.new_empty((u.shape[0], u.shape[2], A.shape[1]), dtype=_state_dtype(u, A))
+    return u.new_empty(u.shape), last_state
+
+
+@torch.library.custom_op("vision_mamba::selective_scan_backward", mutates_args=())
+def _op_backward(
+    dout: torch.Tensor, dlast_state: torch.Tensor, u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor,
+    B: torch.Tensor, C: torch.Tensor, D: _Optional, z: _Optional, delta_bias: _Optional, initial_state: _Optional,
+    delta_softplus: bool, reverse: bool,
+) -> tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,
+    torch.Tensor,
+]:  # fmt: skip
+    backend = backends.module(backends.pick(u, A, B, C))
+    inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    flags = {"delta_softplus": delta_softplus, "reverse": reverse}
+    # A compiled graph keeps no chunk states between its forward and backward operators: they are made again here.
+    _, _, saved = backend.forward(*inputs, **flags, save=True)
+    grads = backend.backward(dout, dlast_state, *inputs, saved, **flags, out_scale=1.0)
+    return tuple(u.new_empty(0) if g is None else g for g in grads)
+
+
+@_op_backward.register_fake
+def _(dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, reverse):
+    return tuple(
+        u.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
+        for t in (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.delta_softplus, ctx.reverse = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _op_vjp(ctx, dout, dlast_state):
+    saved = ctx.saved_tensors
+    grads = _op_backward(dout, dlast_state, *saved, ctx.delta_softplus, ctx.reverse)
+    return *(None if t is None else g for t, g in zip(saved, grads, strict=True)), None, None
+
+
+_op.register_autograd(_op_vjp, setup_context=_setup_context)
+
+
+class _SelectiveScan(torch.autograd.Function):
+    """The eager path: the same backends without the dispatcher's overhead, chunk states kept for backward."""
+
+    @staticmethod
+    def forward(ctx, u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, reverse, save):
+        backend = backends.module(backends.pick(u, A, B, C))
+        out, last_state, saved = backend.forward(
+            u, delta, A, B, C, D, z, delta_bias, initial_state,
+            delta_softplus=delta_softplus, reverse=reverse, save=save,
+        )  # fmt: skip
+        if save:
+            ctx.backend, ctx.delta_softplus, ctx.reverse = backend, delta_softplus, reverse
+            ctx.save_for_backward(u, delta, A, B, C, D, z, delta_bias, initial_state, *saved)
+            ctx.set_materialize_grads(False)
+        return out, last_state
+
+    @staticmethod
+    def backward(ctx, dout, dlast_state):
+        forbid_double_backward("selective_scan", dout, dlast_state)
+        inputs, saved = ctx.saved_tensors[:9], list(ctx.saved_tensors[9:])
+        if dout is None:
+            dout = torch.zeros_like(inputs[0])
+        grads = ctx.backend.backward(
+            dout, dlast_state, *inputs, saved, delta_softplus=ctx.delta_softplus, reverse=ctx.reverse, out_scale=1.0
+        )
+        return *grads, None, None, None
+
+
+def _check(u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor) -> None:
+    if u.dim() != 3 or delta.shape != u.shape:
+        raise ValueError(
+            f"u and delta must both be (batch, seqlen, dim), got {tuple(u.shape)} and {tuple(delta.shape)}"
+        )
+    if A.dim() != 2 or A.shape[0] != u.shape[2]:
+        raise ValueError(f"A must be (dim, dstate) with dim {u.shape[2]}, got {tuple(A.shape)}")
+    for name, t in (("B", B), ("C", C)):
+        constant = t.dim() == 2 and t.shape == A.shape
+        variable = t.dim() == 4 and t.shape[:2] == u.shape[:2] and t.shape[3] == A.shape[1]
+        if not constant and not (variable and u.shape[2] % t.shape[2] == 0):
+            raise ValueError(
+                f"{name} must be (batch, seqlen, groups, dstate) or (dim, dstate), got {tuple(t.shape)} "
+                f"for u {tuple(u.shape)} and A {tuple(A.shape)}"
+            )
+
+
+def selective_scan(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None = None,
+    z: torch.Tensor | None = None,
+    delta_bias: torch.Tensor | None = None,
+    *,
+    delta_softplus: bool = False,
+    initial_state: torch.Tensor | None = None,
+    return_last_state: bool = False,
+    reverse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Selective state-space scan (algorithm 2 of arXiv 2312.00752), token-major.
+
+    Shapes and meaning are those of `selective_scan_ref`; inputs float32, bfloat16 or float16, arithmetic and state
+    float32. Differentiable once in every tensor.
+
+    Returns:
+        out (B, L, E) in u's dtype, and with `return_last_state` also the state (B, E, N) after the last step.
+
+    Raises:
+        ValueError: shapes that do not fit, named.
+        BackendError: a forced backend cannot run this call.
+    """
+    _check(u, delta, A, B, C)
+    if torch.compiler.is_compiling():
+        out, last_state = torch.ops.vision_mamba.selective_scan(
+            u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, reverse
+        )
+    else:
+        tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+        save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        out, last_state = _SelectiveScan.apply(*tensors, delta_softplus, reverse, save)
+    return (out, last_state) if return_last_state else out
