@@ -1,0 +1,65 @@
+"""Two-dimensional rotary position embedding over the patch grid (arXiv 2104.09864, applied per axis)."""
+
+import torch
+from torch import nn
+
+
+def rotary_tables(
+    dim: int, grid: tuple[int, int], pretrain_side: int, theta: float = 10000.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine tables (rows * columns, dim): the first half of the channels turns with the row, the rest with
+    the column. Positions are scaled so that any grid spans the `pretrain_side` of training.
+
+    Args:
+        dim: channels, a multiple of 4.
+        grid: rows and columns of patches.
+        pretrain_side: side of the grid that the frequencies were trained on.
+        theta: base of the frequencies.
+    """
+    half = dim // 2
+    frequencies = theta ** -(torch.arange(0, half, 2, dtype=torch.float32) / half)
+    angles = [
+        torch.outer(torch.arange(n, dtype=torch.float32) / n * pretrain_side, frequencies).repeat_interleave(2, dim=1)
+        for n in grid
+    ]
+    rows, columns = grid
+    table = torch.cat(
+        [angles[0][:, None].expand(rows, columns, half), angles[1][None].expand(rows, columns, half)], dim=-1
+    )
+    table = table.reshape(rows * columns, dim)
+    return table.cos(), table.sin()
+
+
+class RotaryEmbedding2d(nn.Module):
+    """Turns channel pairs of patch tokens by angles of their grid position.
+
+    Args:
+        dim: channels of a token.
+        grid: rows and columns of patches.
+        pretrain_side: see `rotary_tables`.
+    """
+
+    def __init__(self, dim: int, grid: tuple[int, int], pretrain_side: int) -> None:
+        super().__init__()
+        self.dim, self.pretrain_side = dim, pretrain_side
+        cos, sin = rotary_tables(dim, grid, pretrain_side)
+        self.register_buffer("freqs_cos", cos)
+        self.register_buffer("freqs_sin", sin)
+
+    def set_grid(self, grid: tuple[int, int]) -> None:
+        """Rebuild the tables for another patch grid."""
+        cos, sin = rotary_tables(self.dim, grid, self.pretrain_side)
+        self.freqs_cos, self.freqs_sin = cos.to(self.freqs_cos), sin.to(self.freqs_sin)
+
+    def tables(self, grid: tuple[int, int], own_grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tables of `grid`: the buffers if that is the module's own, else made on the fly."""
+        if grid == own_grid:
+            return self.freqs_cos, self.freqs_sin
+        return tuple(t.to(self.freqs_cos) for t in rotary_tables(self.dim, grid, self.pretrain_side))
+
+
+def rotate(patches: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """(B, M, D) with tables (M, D) → (B, M, D): pairs (a, b) become (a cos - b sin, b cos + a sin)."""
+    a, b = patches.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((-b, a), dim=-1).flatten(-2)
+    return patches * cos.to(patches.dtype) + turned * sin.to(patches.dtype)
