@@ -70,13 +70,14 @@ def selective_scan_ref(
         state = torch.zeros(batch, dim, A.shape[1], dtype=state_dtype, device=u.device)
     else:
         state = initial_state.to(state_dtype)
-    steps: list[torch.Tensor] = [x.new_zeros(batch, dim)] * seqlen
-    for t in range(seqlen - 1, -1, -1) if reverse else range(seqlen):
-        decay = torch.exp(dt[:, t, :, None] * A)
-        state = decay * state + (dt[:, t] * x[:, t])[..., None] * B_t[:, t]
-        y_t = (state * C_t[:, t]).sum(-1)
-        steps[t] = 2 * y_t.real if y_t.is_complex() else y_t
-    y = torch.stack(steps, dim=1) if seqlen else x
+    # Unbinding, rather than indexing, keeps the gradient's work proportional to L.
+    tokens = list(zip(dt.unbind(1), (dt * x).unbind(1), B_t.unbind(1), C_t.unbind(1), strict=True))
+    steps = []
+    for dt_t, dtx_t, b_t, c_t in reversed(tokens) if reverse else tokens:
+        state = torch.exp(dt_t[..., None] * A) * state + dtx_t[..., None] * b_t
+        y_t = (state * c_t).sum(-1)
+        steps.append(2 * y_t.real if y_t.is_complex() else y_t)
+    y = torch.stack(steps[::-1] if reverse else steps, dim=1) if seqlen else x
     if D is not None:
         y = y + x * D.to(compute)
     if z is not None:

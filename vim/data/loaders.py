@@ -1,0 +1,159 @@
+"""Loaders whose every sample is a function of (seed, epoch, position), whatever ran before.
+
+A run that stops at any step and starts again there sees the same batches, with any number of workers: the sampler hands
+out (epoch, position, index), and the random numbers of a sample's augmentation are seeded from them.
+"""
+
+import argparse
+import contextlib
+import math
+import os
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from timm.data.distributed_sampler import RepeatAugSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+
+from vim.errors import UserError
+
+
+@contextlib.contextmanager
+def seeded(*key: int) -> Iterator[None]:
+    """Seed Python's, numpy's and torch's CPU generators from `key` inside the block, and restore them after it."""
+    states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    try:
+        seed_all(*key)
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.random.set_rng_state(states[2])
+
+
+def seed_all(*key: int) -> None:
+    """Seed Python's, numpy's and torch's generators (of every device) from a tuple of integers."""
+    words = np.random.SeedSequence([k & 0xFFFFFFFF for k in key]).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[1]))
+    torch.manual_seed(int(words[2]))
+
+
+class SeededDataset(Dataset):
+    """A data set indexed by (epoch, position, index); the first two seed the augmentation's random numbers."""
+
+    def __init__(self, dataset: Dataset, seed: int) -> None:
+        self.dataset, self.seed = dataset, seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int, int]) -> Any:
+        epoch, position, index = key
+        with seeded(self.seed, epoch, position):
+            return self.dataset[index]
+
+
+class EpochSampler(Sampler):
+    """Keys (epoch, position, index) of one rank's share of an epoch, from a given sample on.
+
+    Args:
+        dataset: the training set.
+        repeated: DeiT's repeated augmentation: three differently augmented copies of a third of the samples.
+        seed, rank, world_size: of the run.
+    """
+
+    def __init__(self, dataset: Dataset, *, repeated: bool, seed: int, rank: int, world_size: int) -> None:
+        self.rank, self.world_size, self.seed = rank, world_size, seed
+        if repeated:
+            # timm rounds the number of samples down to a multiple of 256, which would leave nothing of a small set.
+            self.base = RepeatAugSampler(
+                dataset, world_size, rank, selected_round=256 if len(dataset) >= 256 * world_size else 0
+            )
+        else:
+            self.base = DistributedSampler(dataset, world_size, rank, shuffle=True, seed=seed)
+        self.epoch = self.start = 0
+
+    def __len__(self) -> int:
+        return len(self.base) - self.start
+
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
+        # timm's sampler seeds itself by the epoch alone.
+        self.base.set_epoch(self.epoch + (self.seed * 100_003 if isinstance(self.base, RepeatAugSampler) else 0))
+        for k, index in enumerate(self.base):
+            if k >= self.start:
+                yield self.epoch, k * self.world_size + self.rank, int(index)
+
+
+def _loader_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Workers, no more than there are cores for, and pinning."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {
+        "num_workers": min(args.num_workers, cores),
+        "pin_memory": args.pin_mem and torch.cuda.is_available(),
+    }
+
+
+class TrainLoader:
+    """Batches (images, targets) of one rank.
+
+    `set_epoch` chooses the epoch, `set_start_step` skips the first batches of the next iteration without loading them.
+    """
+
+    def __init__(self, dataset: Dataset, args: argparse.Namespace, *, world_size: int, rank: int) -> None:
+        self.batch_size = args.batch_size
+        self.sampler = EpochSampler(
+            dataset, repeated=args.repeated_aug, seed=args.seed, rank=rank, world_size=world_size
+        )
+        self.steps_per_epoch = len(self.sampler) // args.batch_size
+        if self.steps_per_epoch == 0:
+            raise UserError(
+                f"the training set gives {len(self.sampler)} samples per process, fewer than one batch: "
+                f"--batch-size must be at most that, it is {args.batch_size}"
+            )
+        self.loader = DataLoader(
+            SeededDataset(dataset, args.seed), batch_size=args.batch_size, sampler=self.sampler, drop_last=True,
+            **_loader_options(args),
+        )  # fmt: skip
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next iteration; it starts at its first batch."""
+        self.sampler.epoch, self.sampler.start = epoch, 0
+
+    def set_start_step(self, step: int) -> None:
+        """Start the next iteration at this batch."""
+        self.sampler.start = step * self.batch_size
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return iter(self.loader)
+
+
+class _ShardSampler(Sampler):
+    """Every sample exactly once over all ranks, in order: rank, rank + world_size, ... without padding."""
+
+    def __init__(self, length: int, rank: int, world_size: int) -> None:
+        self.indices = range(rank, length, world_size)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices)
+
+
+def build_loaders(
+    args: argparse.Namespace, train_set: Dataset | None, eval_set: Dataset, *, world_size: int, rank: int
+) -> tuple[TrainLoader | None, DataLoader]:
+    """The loaders of one process; the evaluation set is shared out exactly, with no sample counted twice."""
+    train_loader = None if train_set is None else TrainLoader(train_set, args, world_size=world_size, rank=rank)
+    eval_batch = max(1, math.ceil(1.5 * args.batch_size))
+    eval_loader = DataLoader(
+        eval_set, batch_size=eval_batch, sampler=_ShardSampler(len(eval_set), rank, world_size),
+        **_loader_options(args),
+    )  # fmt: skip
+    return train_loader, eval_loader

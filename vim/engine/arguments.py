@@ -1,0 +1,199 @@
+"""The command line: published flags with their names and defaults, then the project's own."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from vim.data import DATA_SETS, INAT_CATEGORIES
+from vim.errors import UserError
+
+# Values of the published flags that keep their own spelling of the destination.
+_THREE_AUGMENT = "three_augment"
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that takes every flag with `-` or `_` between words, and nothing abbreviated."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            prog="main.py",
+            description="Train, fine-tune and evaluate Vision Mamba image classifiers.",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def add_argument(self, *names: str, **kwargs: Any) -> argparse.Action:
+        spellings = []
+        for name in names:
+            word = name.removeprefix("--")
+            spellings += [name, "--" + word.replace("-", "_"), "--" + word.replace("_", "-")]
+        return super().add_argument(*dict.fromkeys(spellings), **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help for the flags")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Parser of `main.py`; its defaults are the published ones."""
+    parser = _Parser()
+    flag = parser.add_argument
+
+    def switch(dest: str, on: str | None, off: str | None, default: bool, help: str) -> None:
+        if on:
+            flag(on, dest=dest, action="store_true", default=default, help=help)
+        if off:
+            flag(off, dest=dest, action="store_false", default=default, help=argparse.SUPPRESS if on else help)
+
+    flag("--config", default=None, metavar="FILE", help="YAML file of flags; the command line overrides it")
+    # Run
+    flag("--model", default="deit_base_patch16_224", help="name of a model registered with timm")
+    flag("--batch-size", type=int, default=64, help="images per process and step")
+    flag("--epochs", type=int, default=300, help="epochs")
+    flag("--output_dir", default="", help="folder for checkpoints, logs and the resolved configuration")
+    flag("--device", default="cuda", help="cuda or cpu; the CPU serves where there is no GPU")
+    flag("--seed", type=int, default=0, help="seed of everything random")
+    flag("--resume", default="", help="checkpoint to continue or to evaluate; auto: the last in --output-dir")
+    flag("--finetune", default="", help="checkpoint whose weights to start from; another image or head size is fine")
+    flag("--start_epoch", type=int, default=0, help="first epoch, counted from 0; --resume sets it")
+    switch("eval", "--eval", None, False, "evaluate and stop")
+    # Data
+    flag("--data-set", default="IMNET", help=f"{', '.join(DATA_SETS)}, or a reader of timm (wds/, hfds/, tfds/, tar/)")
+    flag("--data-path", default="", help="folder of the data set; FMNIST needs none")
+    flag("--inat-category", default="name", choices=INAT_CATEGORIES, help="level of iNaturalist's labels")
+    flag("--num-classes", type=int, default=0, help="classes, for data sets that do not say")
+    flag("--input-size", type=int, default=224, help="side of the image in pixels")
+    flag("--in-chans", type=int, default=3, choices=(1, 3), help="1 for grey images, 3 for colour")
+    flag("--num_workers", type=int, default=10, help="loader processes")
+    switch("pin_mem", "--pin-mem", "--no-pin-mem", True, "pin host memory for the GPU")
+    flag("--eval-crop-ratio", type=float, default=0.875, help="part of the resized image's side that is evaluated")
+    switch("dist_eval", "--dist-eval", None, False, "accepted; evaluation is always shared out, exactly")
+    # Augmentation
+    flag("--color-jitter", type=float, default=0.3, help="strength; RandAugment replaces it")
+    flag("--aa", default="rand-m9-mstd0.5-inc1", help="AutoAugment policy, or none")
+    flag("--smoothing", type=float, default=0.1, help="label smoothing")
+    flag("--train-interpolation", default="bicubic", choices=("random", "bilinear", "bicubic"), help="of crops")
+    switch("repeated_aug", "--repeated-aug", "--no-repeated-aug", True, "three augmented copies of a third of the set")
+    switch("train_mode", "--train-mode", "--no-train-mode", True, "training transforms and layers")
+    flag("--ThreeAugment", dest=_THREE_AUGMENT, action="store_true", default=False, help="DeiT III's augmentation")
+    switch("src", "--src", None, False, "simple random crop for --ThreeAugment")
+    flag("--reprob", type=float, default=0.25, help="probability of random erasing")
+    flag("--remode", default="pixel", choices=("const", "rand", "pixel"), help="fill of random erasing")
+    flag("--recount", type=int, default=1, help="boxes of random erasing")
+    switch("resplit", "--resplit", None, False, "not implemented yet: do not erase the first augmentation split")
+    flag("--mixup", type=float, default=0.8, help="mixup alpha, 0 for none")
+    flag("--cutmix", type=float, default=1.0, help="cutmix alpha, 0 for none")
+    flag("--cutmix-minmax", type=float, nargs="+", default=None, help="range of cutmix's ratio, in place of alpha")
+    flag("--mixup-prob", type=float, default=1.0, help="probability of mixing a batch")
+    flag("--mixup-switch-prob", type=float, default=0.5, help="probability of cutmix where both are on")
+    flag("--mixup-mode", default="batch", choices=("batch", "pair", "elem"), help="what shares one ratio")
+    # Model
+    flag("--drop", type=float, default=0.0, help="dropout")
+    flag("--drop-path", type=float, default=0.1, help="stochastic depth")
+    switch("model_ema", "--model-ema", "--no-model-ema", True, "keep an average of the weights")
+    flag("--model-ema-decay", type=float, default=0.99996, help="of the average, per step")
+    switch("model_ema_force_cpu", "--model-ema-force-cpu", None, False, "keep the average on the CPU")
+    switch("if_random_cls_token_position", "--if_random_cls_token_position", "--no_random_cls_token_position", False,
+           "class token at a random place")  # fmt: skip
+    switch("if_random_token_rank", "--if_random_token_rank", "--no_random_token_rank", False, "shuffle the tokens")
+    switch("attn_only", "--attn-only", None, False, "not implemented yet: train the mixers alone")
+    # Loss and optimisation
+    switch("bce_loss", "--bce-loss", None, False, "binary cross-entropy over the classes")
+    switch("cosub", "--cosub", None, False, "not implemented yet: co-training of sub-models")
+    flag("--teacher-model", default="regnety_160", help="timm model to distil from")
+    flag("--teacher-path", default="", help="its checkpoint")
+    flag("--distillation-type", default="none", choices=("none", "soft", "hard"), help="what the teacher teaches")
+    flag("--distillation-alpha", type=float, default=0.5, help="weight of the teacher's loss")
+    flag("--distillation-tau", type=float, default=1.0, help="temperature of soft distillation")
+    flag("--opt", default="adamw", help="timm optimizer")
+    flag("--opt-eps", type=float, default=1e-8, help="its epsilon")
+    flag("--opt-betas", type=float, nargs="+", default=None, help="its betas; the optimizer's own by default")
+    flag("--momentum", type=float, default=0.9, help="of SGD")
+    flag("--weight-decay", type=float, default=0.05, help="of matrices; vectors and embeddings have none")
+    flag("--clip-grad", type=float, default=None, help="largest gradient norm")
+    switch("unscale_lr", "--unscale-lr", None, False, "do not scale lr by global batch / 512")
+    flag("--lr", type=float, default=5e-4, help="learning rate per 512 images")
+    flag("--sched", default="cosine", help="timm schedule")
+    flag("--lr-noise", type=float, nargs="+", default=None, help="span of the run with a noisy lr, in parts of it")
+    flag("--lr-noise-pct", type=float, default=0.67, help="bound of the noise")
+    flag("--lr-noise-std", type=float, default=1.0, help="its deviation")
+    flag("--warmup-lr", type=float, default=1e-6, help="lr at the start of warm-up")
+    flag("--min-lr", type=float, default=1e-5, help="lr at the end of the cosine")
+    flag("--decay-epochs", type=float, default=30, help="period of step schedules")
+    flag("--warmup-epochs", type=int, default=5, help="epochs of warm-up, inside the schedule")
+    flag("--cooldown-epochs", type=int, default=10, help="epochs at min-lr after the schedule")
+    flag("--patience-epochs", type=int, default=10, help="of the plateau schedule")
+    flag("--decay-rate", "--dr", type=float, default=0.1, help="of step schedules")
+    switch("if_amp", "--if_amp", "--no_amp", False, "autocast")
+    flag("--amp-dtype", default="bfloat16", choices=("bfloat16", "float16"), help="of autocast")
+    switch("if_continue_inf", "--if_continue_inf", "--no_continue_inf", False,
+           "skip and count steps whose loss is not finite, rather than stop")  # fmt: skip
+    switch("if_nan2num", "--if_nan2num", "--no_nan2num", False, "replace NaN and infinity in the model's output")
+    # Distributed; torchrun sets the environment that these are read from
+    switch("distributed", "--distributed", None, False, "accepted; torchrun's environment decides")
+    flag("--world_size", type=int, default=1, help="accepted; torchrun's environment decides")
+    flag("--dist_url", default="env://", help="accepted; torchrun's environment decides")
+    flag("--local-rank", type=int, default=0, help="accepted; torchrun's environment decides")
+    # Own
+    flag("--print-every-steps", type=int, default=50, help="steps between lines of the log")
+    flag("--keep-every-epochs", type=int, default=0, help="also keep the checkpoint of every N-th epoch")
+    return parser
+
+
+_NOT_YET = ("resplit", "attn_only", "cosub")
+
+
+def _flags_of(config: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(config.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"--config {config} cannot be read as YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"--config {config} must hold one mapping of flags to values")
+    return {str(k).replace("-", "_"): v for k, v in content.items()}
+
+
+def parse_args(argv: list[str] | None = None, defaults: dict[str, Any] | None = None) -> argparse.Namespace:
+    """Flags of the command line over those of `--config` over `defaults` over the published defaults.
+
+    Args:
+        argv: the command line; None takes the process's.
+        defaults: values by destination, such as those a checkpoint was made with.
+
+    Raises:
+        UserError: an unknown or misspelt flag, a value that makes no sense, or a flag that is not implemented yet.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser = build_parser()
+    parser.set_defaults(**(defaults or {}))
+    known, _ = parser.parse_known_args(argv)
+    if known.config:
+        from_file = _flags_of(Path(known.config))
+        if unknown := sorted(set(from_file) - set(vars(known))):
+            raise UserError(f"--config {known.config} has unknown flags: {', '.join(unknown)}")
+        parser.set_defaults(**from_file)
+    args = parser.parse_args(argv)
+    for name in _NOT_YET:
+        if getattr(args, name):
+            raise UserError(f"--{name.replace('_', '-')} is not implemented yet: leave it out")
+    positive = {"batch_size": 1, "epochs": 0, "input_size": 1, "num_workers": 0, "warmup_epochs": 0, "recount": 1}
+    for name, least in positive.items():
+        if getattr(args, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least {least}")
+    if not 0 < args.eval_crop_ratio <= 1:
+        raise UserError(f"--eval-crop-ratio is {args.eval_crop_ratio}, expected a number in (0, 1]")
+    if args.src and not args.three_augment:
+        raise UserError("--src is the simple crop of --ThreeAugment: pass both, or leave --src out")
+    if args.resume and args.finetune:
+        raise UserError("--resume continues a run and --finetune starts one from given weights: pass one of them")
+    if args.eval and not args.resume and not args.finetune:
+        raise UserError("--eval needs a checkpoint to evaluate: pass --resume FILE")
+    return args
+
+
+def save_config(args: argparse.Namespace, path: Path) -> None:
+    """Write the resolved flags so that `--config` replays the run."""
+    flags = {k: v for k, v in sorted(vars(args).items()) if k not in ("config", "resume", "eval")}
+    path.write_text(yaml.safe_dump(flags, sort_keys=False))
