@@ -1,0 +1,112 @@
+// Selective scan on the GPU: arguments of the C interface (mirrored by ctypes in cuda_library.py) and launch arithmetic.
+//
+// Token-major tensors (batch, token, channel) with channel stride 1; other strides are free, in elements. Tokens are cut
+// into tiles of kTile; tile j holds tokens [16 j, 16 j + 16) whichever way the scan runs, and boundary state j is the
+// state on entering tile j in the direction of the scan.
+#pragma once
+
+#include "../../../causal-conv1d/csrc/cuda/platform.h"
+#include "../../../causal-conv1d/csrc/step.h"
+
+namespace vim {
+
+constexpr int kTile = 16;          // tokens per tile
+constexpr int kSideThreads = 64;   // forward scan: threads per direction in a block
+constexpr int kThreadStates = 16;  // forward scan: states per thread; 1, 2 or 4 neighbouring lanes share a channel
+constexpr int kPrefetch = 4;       // forward scan: tokens loaded ahead
+constexpr int kBackwardThreads = 256;
+constexpr int kStatesPerThread = 4;  // backward scan: states per thread; 4, 8 or 16 neighbouring lanes share a channel
+
+// What differs between the two directions of a bidirectional mixer.
+struct ScanSide {
+    const void* u;
+    const void* delta;
+    const void* B;
+    const void* C;
+    const float* A;              // (dim, dstate)
+    const float* D;              // (dim) or null
+    const float* delta_bias;     // (dim) or null
+    const float* initial_state;  // (batch, dim, dstate) or null
+    float* last_state;           // (batch, dim, dstate) or null
+    float* boundaries;           // (batch, tiles, dim, padded states): written if save, read if resume; or null
+    int64_t u_batch, u_token;
+    int64_t delta_batch, delta_token;
+    int64_t B_batch, B_token, B_group;
+    int64_t C_batch, C_token, C_group;
+    int32_t reverse;
+    int32_t reserved;
+};
+
+struct ScanForwardArgs {
+    ScanSide side[2];
+    const void* z;       // gate or null
+    const void* addend;  // added to the output, or null
+    void* out;
+    float* chunk_steps;  // (sides, batch, chunks, dim): sum of dt over each chunk, long-sequence variant only
+    int64_t z_batch, z_token, addend_batch, addend_token, out_batch, out_token;
+    int64_t batch, seqlen, dim;
+    int32_t dstate, groups;
+    int32_t sides;         // 1, or 2: out = scale * (y_0 + y_1) * silu(z)
+    int32_t type;          // of u, delta, B, C, z, addend and out
+    int32_t softplus;
+    int32_t chunk_tiles;   // tiles per chunk of time, 0: the whole sequence in one block
+    int32_t save;          // write the boundary state of every tile
+    float scale;
+    int32_t pairs;  // two channels per thread where alignment allows (two sides only)
+    int32_t reserved;
+};
+
+struct ScanBackwardArgs {
+    ScanSide side;  // boundaries are those of the forward scan
+    const void* z;
+    const void* dout;
+    void* du;
+    void* ddelta;
+    void* dz;                  // null exactly if z is null
+    void* dB;                  // (batch, seqlen, groups, dstate) contiguous
+    void* dC;
+    float* dA;                 // (dim, dstate)
+    float* dD;                 // (dim) or null
+    float* ddelta_bias;        // (dim) or null
+    const float* dlast_state;  // (batch, dim, dstate) or null
+    float* dinitial_state;     // (batch, dim, dstate) or null
+    float* workspace;          // vim_scan_backward_workspace() floats
+    int64_t z_batch, z_token, dout_batch, dout_token, dz_batch, dz_token;  // du, ddelta: contiguous
+    int64_t batch, seqlen, dim;
+    int32_t dstate, groups, type, softplus;
+    int32_t accumulate_dz;  // add onto dz instead of writing it
+    float scale;
+};
+
+VIM_HD constexpr int padded_states(int dstate) { return dstate <= 16 ? 16 : dstate <= 32 ? 32 : 64; }
+
+// Blocks along the channels of the forward scan.
+constexpr int64_t forward_blocks(int64_t dim, int dstate, int64_t groups, int channels_per_thread) {
+    int64_t block_channels = kSideThreads * channels_per_thread / (padded_states(dstate) / kThreadStates);
+    return groups * ceil_div(dim / groups, block_channels);
+}
+
+// Floats of the backward kernel's shared memory: five (token, channel) tiles, B and C, partial sums over states for each
+// thread, partial sums over channels for each warp.
+constexpr int backward_shared_floats(int states) {
+    int channels = kBackwardThreads * kStatesPerThread / states;
+    return 5 * kTile * channels + kTile * 2 * states + 3 * kTile * kBackwardThreads +
+           (kBackwardThreads / 32) * kTile * 2 * states;
+}
+
+constexpr int backward_channels(int states) { return kBackwardThreads * kStatesPerThread / states; }
+
+struct BackwardPlan {
+    int64_t tiles;           // of channels, in one group
+    int64_t bc_floats;       // partial dB and dC: (groups * tiles, batch, seqlen, 2, states)
+    int64_t dA_floats;       // partial dA: (batch, dim, dstate)
+    int64_t channel_floats;  // partial dD and ddelta_bias: (batch, 2, dim)
+};
+
+constexpr BackwardPlan backward_plan(int64_t batch, int64_t seqlen, int64_t dim, int dstate, int groups) {
+    int states = padded_states(dstate);
+    int64_t tiles = ceil_div(dim / groups, backward_channels(states));
+    return BackwardPlan{tiles, tiles * groups * batch * seqlen * 2 * states, batch * dim * dstate, batch * 2 * dim};
+}
+
+}  // namespace vim
