@@ -94,7 +94,7 @@ constexpr int backward_shared_floats(int states) {
            (kBackwardThreads / 32) * kTile * 2 * states;
 }
 
-constexpr int backward_channels(int states) { return kBackwardThreads * kStatesPerThread / states; }
+VIM_HD constexpr int backward_channels(int states) { return kBackwardThreads * kStatesPerThread / states; }
 
 struct BackwardPlan {
     int64_t tiles;           // of channels, in one group
@@ -103,7 +103,7 @@ struct BackwardPlan {
     int64_t channel_floats;  // partial dD and ddelta_bias: (batch, 2, dim)
 };
 
-constexpr BackwardPlan backward_plan(int64_t batch, int64_t seqlen, int64_t dim, int dstate, int groups) {
+VIM_HD constexpr BackwardPlan backward_plan(int64_t batch, int64_t seqlen, int64_t dim, int dstate, int groups) {
     int states = padded_states(dstate);
     int64_t tiles = ceil_div(dim / groups, backward_channels(states));
     return BackwardPlan{tiles, tiles * groups * batch * seqlen * 2 * states, batch * dim * dstate, batch * 2 * dim};

@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(kSideThreads* SIDES) scan_forward_kernel(const
                     const Vector now_u = ring_u[k], now_delta = ring_delta[k], now_z = ring_z[k];
                     fetch(k, i0 + kPrefetch < kTile ? walked : walked + 1, (i0 + kPrefetch) % kTile + k);
                     if (t >= seqlen) continue;  // the same for the whole block
-                    Vector other;
+                    Vector other = {};
                     if (!STATES_ONLY && onto != nullptr) other = *reinterpret_cast<const Vector*>(onto + at(t, onto_token));
                     const float* row = rows + token * row_floats;
                     float dt[CPT], dtu[CPT], y[CPT];
@@ -363,3 +363,9 @@ extern "C" int64_t vim_scan_forward_blocks(int64_t dim, int32_t dstate, int32_t 
 extern "C" int64_t vim_scan_boundary_floats(int64_t batch, int64_t seqlen, int64_t dim, int32_t dstate) {
     return batch * vim::ceil_div(seqlen, vim::kTile) * dim * vim::padded_states(dstate);
 }
+
+// Architectures with machine code in this library, as "80;90;100"; the newest is there as PTX too.
+#ifndef VIM_CUDA_ARCHITECTURES
+#define VIM_CUDA_ARCHITECTURES ""
+#endif
+extern "C" const char* vim_cuda_architectures() { return VIM_CUDA_ARCHITECTURES; }

@@ -1,0 +1,111 @@
+"""The CUDA convolution's kernels, run on the CPU through the emulation of platform.h, against the reference."""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from causal_conv1d_vim.conv import cuda, reference
+
+SOURCE = Path(__file__).resolve().parents[2] / "csrc" / "cuda" / "causal_conv1d.cu"
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    """The backend module, its library compiled for the CPU."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    path = tmp_path_factory.mktemp("cuda") / "libconv.so"
+    command = [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", '-DVIM_CUDA_ARCHITECTURES="90"', "-x", "c++"]
+    subprocess.run([*command, str(SOURCE), "-o", str(path)], check=True)
+    library = cuda.library
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_library", "_reason", "_architectures", "_checked"):
+            patch.setattr(library, name, getattr(library, name))
+        library.bind(ctypes.CDLL(str(path)))
+        patch.setattr(library, "launch", lambda name, args, x: library.check(name, library._run(name, args, 0)))
+        yield cuda
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    # Sums of at most a few hundred float32 terms, in another order: 1e-5 of the tensor's scale. One rounding to the
+    # output's type comes on top: 2^-8 relative for bfloat16, 2^-11 for float16.
+    rtol = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype] * 2
+    scale = expected.abs().max().item()
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=rtol, atol=1e-5 * scale + 1e-7)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    ("batch", "seqlen", "dim", "width", "dtype"),
+    [
+        (2, 67, 10, 4, torch.float32),  # two segments, an odd length
+        (1, 2, 7, 4, torch.float32),  # shorter than the window, an odd number of channels
+        (2, 130, 258, 3, torch.bfloat16),  # three segments, two blocks of channels
+        (1, 33, 6, 2, torch.float16),
+    ],
+)
+def test_matches_reference(emulated, batch, seqlen, dim, width, dtype, reverse):
+    torch.manual_seed(0)
+    x = torch.randn(batch, seqlen, 2 * dim).to(dtype)[..., dim:]  # a column slice, as in xz
+    weight, bias = torch.randn(dim, width), torch.randn(dim)
+    state = torch.randn(batch, width - 1, dim).to(dtype)
+    dout = torch.randn(batch, seqlen, dim).to(dtype)
+    flags = {"silu": True, "reverse": reverse}
+    wide = [t.double() for t in (x, weight, bias, state)]
+    close(emulated.forward(x, weight, bias, state, **flags), reference.forward(*wide, **flags), dtype)
+    grads = emulated.backward(dout, x, weight, bias, state, **flags)
+    for actual, expected in zip(grads, reference.backward(dout.double(), *wide, **flags), strict=True):
+        close(actual, expected, actual.dtype)
+
+
+def test_no_bias_no_state_no_activation(emulated):
+    torch.manual_seed(1)
+    x, weight = torch.randn(1, 5, 4), torch.randn(4, 4)
+    flags = {"silu": False, "reverse": False}
+    close(emulated.forward(x, weight, None, None, **flags), reference.forward(x, weight, None, None, **flags), x.dtype)
+    grads = emulated.backward(x, x, weight, None, None, **flags)
+    assert grads[2] is None
+    assert grads[3] is None
+
+
+def test_gradient_is_added_where_asked(emulated):
+    torch.manual_seed(2)
+    x, weight, onto = torch.randn(1, 70, 6), torch.randn(6, 4), torch.randn(1, 70, 6)
+    flags = {"silu": True, "reverse": True}
+    alone = emulated.backward(x, x, weight, None, None, **flags)[0]
+    added = emulated.backward(x, x, weight, None, None, **flags, add_to=onto.clone())[0]
+    close(added, onto + alone, x.dtype)
+
+
+def test_thread_order_does_not_matter(emulated, monkeypatch):
+    torch.manual_seed(3)
+    x, weight = torch.randn(2, 70, 6), torch.randn(6, 4)
+    flags = {"silu": True, "reverse": False}
+    first = emulated.backward(x, x, weight, None, None, **flags)
+    monkeypatch.setenv("VIM_EMULATE_REVERSED", "1")
+    second = emulated.backward(x, x, weight, None, None, **flags)
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+
+
+def test_declines_the_cpu_and_wide_windows():
+    x = torch.zeros(1, 2, 3)
+    assert "not on a CUDA device" in cuda.why_not(x)
+    with pytest.raises(ValueError, match="width is 5"):
+        cuda._arguments(x, torch.zeros(3, 5), None, None, True, False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["80", "90", "100"])
+def test_nvcc_compiles(architecture, tmp_path):
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc is not on the PATH")
+    command = [nvcc, f"-arch=sm_{architecture}", "-std=c++17", "-O3", "--resource-usage", "-c", str(SOURCE)]
+    report = subprocess.run([*command, "-o", str(tmp_path / "conv.o")], check=True, capture_output=True, text=True)
+    assert "spill stores" in report.stderr
+    assert all("0 bytes spill stores" in line for line in report.stderr.splitlines() if "spill stores" in line)

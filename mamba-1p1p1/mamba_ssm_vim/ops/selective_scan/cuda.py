@@ -1,0 +1,276 @@
+"""Selective scan on NVIDIA GPUs: the CUDA C++ kernels of csrc/cuda, called through ctypes."""
+
+import ctypes
+import math
+
+import torch
+from causal_conv1d_vim.cuda_library import DATA_TYPES, CudaLibrary, address, float32, int32, int64, pointer
+
+import mamba_ssm_vim
+
+MAX_STATES = 64
+TILE = 16  # tokens between two saved states (kTile in scan.h)
+
+library = CudaLibrary(
+    mamba_ssm_vim.__path__,
+    "libmamba_ssm_cuda.so",
+    launchers=["vim_scan_forward", "vim_scan_backward"],
+    queries={
+        "vim_scan_boundary_floats": [int64, int64, int64, int32],
+        "vim_scan_backward_workspace": [int64, int64, int64, int32, int32],
+        "vim_scan_backward_shared_bytes": [int32],
+        "vim_scan_forward_blocks": [int64, int32, int32, int32],
+    },
+)
+
+
+class ScanSide(ctypes.Structure):
+    """`vim::ScanSide` of csrc/cuda/scan.h: one direction's tensors."""
+
+    _fields_ = (
+        *((name, pointer) for name in ("u", "delta", "B", "C", "A", "D", "delta_bias", "initial_state")),
+        *((name, pointer) for name in ("last_state", "boundaries")),
+        *((f"{name}_{axis}", int64) for name in ("u", "delta") for axis in ("batch", "token")),
+        *((f"{name}_{axis}", int64) for name in ("B", "C") for axis in ("batch", "token", "group")),
+        ("reverse", int32),
+        ("reserved", int32),
+    )
+
+
+class ScanForwardArgs(ctypes.Structure):
+    """`vim::ScanForwardArgs` of csrc/cuda/scan.h."""
+
+    _fields_ = (
+        ("side", ScanSide * 2),
+        *((name, pointer) for name in ("z", "addend", "out", "chunk_steps")),
+        *((f"{name}_{axis}", int64) for name in ("z", "addend", "out") for axis in ("batch", "token")),
+        *((name, int64) for name in ("batch", "seqlen", "dim")),
+        *((name, int32) for name in ("dstate", "groups", "sides", "type", "softplus", "chunk_tiles", "save")),
+        ("scale", float32),
+        ("pairs", int32),
+        ("reserved", int32),
+    )
+
+
+class ScanBackwardArgs(ctypes.Structure):
+    """`vim::ScanBackwardArgs` of csrc/cuda/scan.h."""
+
+    _fields_ = (
+        ("side", ScanSide),
+        *((name, pointer) for name in ("z", "dout", "du", "ddelta", "dz", "dB", "dC", "dA", "dD", "ddelta_bias")),
+        *((name, pointer) for name in ("dlast_state", "dinitial_state", "workspace")),
+        *((f"{name}_{axis}", int64) for name in ("z", "dout", "dz") for axis in ("batch", "token")),
+        *((name, int64) for name in ("batch", "seqlen", "dim")),
+        *((name, int32) for name in ("dstate", "groups", "type", "softplus", "accumulate_dz")),
+        ("scale", float32),
+    )
+
+
+def why_not(u: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor) -> str | None:
+    """None if these kernels can serve u (B, L, E), A (E, N), B and C, else the reason."""
+    if (reason := library.why_not(u)) is not None:
+        return reason
+    if u.dtype not in DATA_TYPES:
+        return f"{u.dtype} is not among float32, bfloat16 and float16"
+    if A.is_complex():
+        return "A is complex"
+    if A.shape[1] > MAX_STATES:
+        return f"{A.shape[1]} states are more than {MAX_STATES}"
+    if B.dim() != 4 or C.dim() != 4:
+        return "B or C is constant over time"
+    if B.shape[2] != C.shape[2]:
+        return "B and C have different numbers of groups"
+    return None
+
+
+def _rows(t: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """The tensor in `dtype` with its last axis contiguous; a copy only where that does not hold already."""
+    if t is None:
+        return None
+    t = t.to(dtype)
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _vector(t: torch.Tensor | None) -> torch.Tensor | None:
+    return None if t is None else t.float().contiguous()
+
+
+def common_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
+    """The one type that the kernel reads its (B, L, ...) inputs in: theirs, or float32 if they differ."""
+    types = {t.dtype for t in tensors if t is not None}
+    return types.pop() if len(types) == 1 else torch.float32
+
+
+def chunk_tiles(batch: int, seqlen: int, blocks: int, multiprocessors: int) -> int:
+    """Tiles of 16 tokens per chunk when a long sequence is cut in time, 0 if one block walks the whole of it.
+
+    Cutting costs the exponentials of a second pass, so it pays only where the uncut grid leaves the chip mostly idle:
+    fewer than two blocks per multiprocessor, and at least 512 tokens to share out. Chunks have 128 tokens or more.
+    """
+    if batch * blocks >= 2 * multiprocessors or seqlen < 512:
+        return 0
+    wanted = math.ceil(4 * multiprocessors / (batch * blocks))
+    return max(8, math.ceil(math.ceil(seqlen / TILE) / wanted))
+
+
+def fill_side(
+    side: ScanSide, u, delta, A, B, C, D, delta_bias, initial_state, last_state, boundaries, *, reverse: bool
+) -> list[torch.Tensor | None]:
+    """Write one direction's tensors into `side`; returns what must outlive the launch."""
+    named = {
+        "u": u, "delta": delta, "B": B, "C": C, "A": _vector(A), "D": _vector(D), "delta_bias": _vector(delta_bias),
+        "initial_state": _vector(initial_state), "last_state": last_state, "boundaries": boundaries,
+    }  # fmt: skip
+    for name, t in named.items():
+        setattr(side, name, address(t))
+    for name in ("u", "delta", "B", "C"):
+        t = named[name]
+        setattr(side, f"{name}_batch", t.stride(0))
+        setattr(side, f"{name}_token", t.stride(1))
+    side.B_group, side.C_group = B.stride(2), C.stride(2)
+    side.reverse = reverse
+    return list(named.values())
+
+
+def _set_strided(args: ctypes.Structure, name: str, t: torch.Tensor | None) -> None:
+    setattr(args, name, address(t))
+    if t is not None:
+        setattr(args, f"{name}_batch", t.stride(0))
+        setattr(args, f"{name}_token", t.stride(1))
+
+
+def launch_forward(
+    sides: list[dict], z: torch.Tensor | None, out: torch.Tensor, addend: torch.Tensor | None = None, *,
+    delta_softplus: bool, scale: float, save: bool, cut: int | None = None, pairs: bool = True,
+) -> list[torch.Tensor]:  # fmt: skip
+    """One scan, or both directions of a mixer, into `out` (B, L, E); returns boundary states per side if `save`.
+
+    Args:
+        sides: keyword arguments of `fill_side` (boundaries excepted) for one or two directions; u, delta, B, C, z, out
+            and addend have one dtype.
+        cut: tiles per chunk of time; None chooses.
+        pairs: let a thread own two channels where alignment allows (two sides only).
+    """
+    u, A, B = sides[0]["u"], sides[0]["A"], sides[0]["B"]
+    batch, seqlen, dim = u.shape
+    dstate, groups = A.shape[1], B.shape[2]
+    args = ScanForwardArgs()
+    if cut is None:
+        blocks = library.query("vim_scan_forward_blocks", dim, dstate, groups, 1)
+        cut = chunk_tiles(batch, seqlen, blocks, _multiprocessors(u.device))
+    boundaries: list[torch.Tensor] = []
+    alive: list[torch.Tensor | None] = []
+    for side, tensors in zip(args.side, sides, strict=False):
+        states = None
+        if save or cut:
+            floats = library.query("vim_scan_boundary_floats", batch, seqlen, dim, dstate)
+            states = torch.empty(floats, dtype=torch.float32, device=u.device)
+            boundaries.append(states)
+        alive += fill_side(side, boundaries=states, **tensors)
+    if cut:
+        chunks = math.ceil(math.ceil(seqlen / TILE) / cut)
+        steps = torch.empty(len(sides) * batch * chunks * dim, dtype=torch.float32, device=u.device)
+        args.chunk_steps = address(steps)
+    _set_strided(args, "z", z)
+    _set_strided(args, "addend", addend)
+    _set_strided(args, "out", out)
+    args.batch, args.seqlen, args.dim, args.dstate, args.groups = batch, seqlen, dim, dstate, groups
+    args.sides, args.type, args.softplus = len(sides), DATA_TYPES[u.dtype], delta_softplus
+    args.chunk_tiles, args.save, args.scale, args.pairs = cut, save, scale, pairs
+    library.launch("vim_scan_forward", args, u)
+    return boundaries if save else []
+
+
+_multiprocessor_counts: dict[torch.device, int] = {}
+
+
+def _multiprocessors(device: torch.device) -> int:
+    if device not in _multiprocessor_counts:
+        is_cuda = device.type == "cuda"
+        count = torch.cuda.get_device_properties(device).multi_processor_count if is_cuda else 1
+        _multiprocessor_counts[device] = count
+    return _multiprocessor_counts[device]
+
+
+def forward(
+    u, delta, A, B, C, D, z, delta_bias, initial_state, *, delta_softplus, reverse, out_scale=1.0,
+    accumulate_into=None, save=False,
+):  # fmt: skip
+    """`selective_scan_ref` under the signature that backends share; `saved` holds the state on entering each tile."""
+    dtype = common_dtype(u, delta, B, C, z)
+    out = torch.empty(u.shape, dtype=dtype, device=u.device)
+    batch, _, dim = u.shape
+    last_state = torch.empty(batch, dim, A.shape[1], dtype=torch.float32, device=u.device)
+    if u.numel() == 0:
+        last_state.copy_(initial_state) if initial_state is not None else last_state.zero_()
+        return out.to(u.dtype), last_state, []
+    side = {
+        "u": _rows(u, dtype), "delta": _rows(delta, dtype), "A": A, "B": _rows(B, dtype), "C": _rows(C, dtype), "D": D,
+        "delta_bias": delta_bias, "initial_state": initial_state, "last_state": last_state, "reverse": reverse,
+    }  # fmt: skip
+    saved = launch_forward(
+        [side], _rows(z, dtype), out, _rows(accumulate_into, dtype),
+        delta_softplus=delta_softplus, scale=out_scale, save=save,
+    )  # fmt: skip
+    return out.to(u.dtype), last_state, saved
+
+
+def backward(
+    dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, initial_state, saved, *, delta_softplus, reverse,
+    out_scale=1.0, dz_into=None, accumulate_dz=False,
+):  # fmt: skip
+    """Gradients of (u, delta, A, B, C, D, z, delta_bias, initial_state).
+
+    dz goes to `dz_into` (B, L, E), a new tensor if None, and is added onto what is there if `accumulate_dz`.
+    """
+    batch, seqlen, dim = u.shape
+    dstate, groups = A.shape[1], B.shape[2]
+    inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    if u.numel() == 0:
+        grads = [None if t is None else torch.zeros_like(t) for t in inputs]
+        if initial_state is not None and dlast_state is not None:
+            grads[8] = dlast_state.to(initial_state.dtype)
+        return tuple(grads)
+    dtype = common_dtype(u, delta, B, C, z)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=u.device)
+
+    args = ScanBackwardArgs()
+    alive = fill_side(
+        args.side, _rows(u, dtype), _rows(delta, dtype), A, _rows(B, dtype), _rows(C, dtype), D, delta_bias,
+        initial_state, None, saved[0], reverse=reverse,
+    )  # fmt: skip
+    du, ddelta = empty(*u.shape, dtype=dtype), empty(*u.shape, dtype=dtype)
+    dB, dC = empty(*B.shape, dtype=dtype), empty(*C.shape, dtype=dtype)
+    dA = empty(dim, dstate)
+    dD = None if D is None else empty(dim)
+    dbias = None if delta_bias is None else empty(dim)
+    dinitial = None if initial_state is None else empty(batch, dim, dstate)
+    dz = dz_into
+    if z is not None and dz is None:
+        dz = empty(*u.shape, dtype=dtype)
+    floats = library.query("vim_scan_backward_workspace", batch, seqlen, dim, dstate, groups)
+    dlast = _vector(dlast_state)
+    workspace = empty(floats)
+    z, dout = _rows(z, dtype), _rows(dout, dtype)
+    _set_strided(args, "z", z)
+    _set_strided(args, "dout", dout)
+    _set_strided(args, "dz", dz)
+    outputs = {
+        "du": du, "ddelta": ddelta, "dB": dB, "dC": dC, "dA": dA, "dD": dD, "ddelta_bias": dbias,
+        "dlast_state": dlast, "dinitial_state": dinitial, "workspace": workspace,
+    }  # fmt: skip
+    for name, t in outputs.items():
+        setattr(args, name, address(t))
+    args.batch, args.seqlen, args.dim, args.dstate, args.groups = batch, seqlen, dim, dstate, groups
+    args.type, args.softplus, args.accumulate_dz, args.scale = (
+        DATA_TYPES[dtype],
+        delta_softplus,
+        accumulate_dz,
+        out_scale,
+    )
+    library.launch("vim_scan_backward", args, u)
+    del alive
+    grads = (du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial)
+    return tuple(None if t is None else g.to(t.dtype) for g, t in zip(grads, inputs, strict=True))

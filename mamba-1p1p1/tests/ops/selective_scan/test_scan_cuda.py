@@ -1,0 +1,215 @@
+"""The CUDA scan's kernels, run on the CPU through the emulation of platform.h, against the reference."""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from mamba_ssm_vim.ops.selective_scan import cuda, reference
+
+CSRC = Path(__file__).resolve().parents[3] / "csrc" / "cuda"
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    """The backend module, its library compiled for the CPU."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    path = tmp_path_factory.mktemp("cuda") / "libscan.so"
+    command = [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", '-DVIM_CUDA_ARCHITECTURES="90"', "-x", "c++"]
+    sources = [str(CSRC / "scan_forward.cu"), str(CSRC / "scan_backward.cu")]
+    subprocess.run([*command, *sources, "-o", str(path)], check=True)
+    library = cuda.library
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_library", "_reason", "_architectures", "_checked"):
+            patch.setattr(library, name, getattr(library, name))
+        library.bind(ctypes.CDLL(str(path)))
+        patch.setattr(library, "launch", lambda name, args, x: library.check(name, library._run(name, args, 0)))
+        yield cuda
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    # float32 sums of up to a few hundred terms in another order: 2e-5 of the tensor's scale.
+    # One rounding to the tensor's own type comes on top: half of 2^-7 for bfloat16, of 2^-10 for float16.
+    rtol = {torch.float32: 2e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}[actual.dtype] * 1.01
+    scale = expected.abs().max().item()
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=rtol, atol=2e-5 * scale + 1e-7)
+
+
+def inputs(batch, seqlen, dim, dstate, groups, dtype, *, plain=False):
+    """Column slices of wider tensors, as the mixer passes them; `plain` leaves out what may be None."""
+    torch.manual_seed(0)
+    u, delta, z = torch.randn(batch, seqlen, 3 * dim).to(dtype).split(dim, -1)
+    rows = torch.randn(batch, seqlen, 5 + 2 * groups * dstate).to(dtype)
+    B, C = rows[..., 5:].unflatten(-1, (2, groups, dstate)).unbind(2)
+    A = -torch.rand(dim, dstate) * 4 - 0.1
+    if plain:
+        return [u, delta, A, B, C, None, None, None, None]
+    return [u, delta, A, B, C, torch.randn(dim), z, torch.randn(dim), torch.randn(batch, dim, dstate)]
+
+
+def wide(tensors):
+    return [None if t is None else t.double() for t in tensors]
+
+
+CASES = [
+    # batch, seqlen, dim, dstate, groups, dtype, reverse
+    (2, 37, 70, 16, 1, torch.float32, False),  # two blocks of channels, a partial tile
+    (2, 37, 70, 16, 1, torch.float32, True),
+    (1, 5, 3, 8, 1, torch.float32, True),  # fewer tokens than a tile, fewer states than a thread's
+    (2, 33, 24, 16, 2, torch.bfloat16, True),
+    (1, 32, 9, 5, 1, torch.float16, False),
+    (1, 40, 20, 24, 1, torch.float32, False),  # a channel over two lanes forward, eight backward
+    (1, 20, 20, 64, 1, torch.float32, True),  # four lanes, sixteen
+]
+
+
+@pytest.mark.parametrize(("batch", "seqlen", "dim", "dstate", "groups", "dtype", "reverse"), CASES)
+def test_matches_reference(emulated, batch, seqlen, dim, dstate, groups, dtype, reverse):
+    tensors = inputs(batch, seqlen, dim, dstate, groups, dtype)
+    flags = {"delta_softplus": True, "reverse": reverse, "out_scale": 0.5}
+    onto = torch.randn(batch, seqlen, dim).to(dtype)
+    out, last, saved = emulated.forward(*tensors, **flags, accumulate_into=onto, save=True)
+    expected, expected_last, _ = reference.forward(*wide(tensors), **flags, accumulate_into=onto.double())
+    close(out, expected)
+    close(last, expected_last)
+    dout, dlast = torch.randn(batch, seqlen, dim).to(dtype), torch.randn(batch, dim, dstate)
+    grads = emulated.backward(dout, dlast, *tensors, saved, **flags)
+    for actual, exact in zip(grads, reference.backward(*wide([dout, dlast, *tensors]), [], **flags), strict=True):
+        close(actual, exact)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_without_optional_inputs(emulated, reverse):
+    tensors = inputs(1, 19, 6, 16, 1, torch.float32, plain=True)
+    flags = {"delta_softplus": False, "reverse": reverse}
+    tensors[1] = tensors[1].abs()  # without softplus the step itself must be positive for the state to decay
+    out, last, saved = emulated.forward(*tensors, **flags, save=True)
+    expected, expected_last, _ = reference.forward(*wide(tensors), **flags)
+    close(out, expected)
+    close(last, expected_last)
+    grads = emulated.backward(out, None, *tensors, saved, **flags)
+    exact = reference.backward(out.double(), None, *wide(tensors), [], **flags)
+    assert [g is None for g in grads] == [g is None for g in exact]
+    for actual, expected in zip(grads, exact, strict=True):
+        if actual is not None:
+            close(actual, expected)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_long_sequences_are_cut_in_time(emulated, reverse, monkeypatch):
+    tensors = inputs(1, 100, 20, 16, 1, torch.float32)
+    flags = {"delta_softplus": True, "reverse": reverse}
+    expected, expected_last, _ = reference.forward(*wide(tensors), **flags)
+    whole = emulated.forward(*tensors, **flags, save=True)
+    monkeypatch.setattr(emulated, "chunk_tiles", lambda *sizes: 2)
+    out, last, saved = emulated.forward(*tensors, **flags, save=True)
+    close(out, expected)
+    close(last, expected_last)
+    close(saved[0], whole[2][0])
+
+
+def test_both_directions_in_one_launch(emulated):
+    check_two_sides(emulated, seqlen=37, dim=10, dtype=torch.float32, cut=0, pairs=True)
+    check_two_sides(emulated, seqlen=70, dim=9, dtype=torch.float32, cut=0, pairs=True)  # an odd number of tiles
+    check_two_sides(emulated, seqlen=16, dim=260, dtype=torch.float32, cut=0, pairs=False)
+    check_two_sides(emulated, seqlen=100, dim=6, dtype=torch.float32, cut=3, pairs=True)
+    check_two_sides(emulated, seqlen=50, dim=6, dtype=torch.bfloat16, cut=0, pairs=True)
+
+
+def check_two_sides(module, *, seqlen, dim, dtype, cut, pairs):
+    ahead = inputs(2, seqlen, dim, 16, 1, dtype)
+    back = [None if t is None else t.roll(1, 0) for t in ahead]
+    for side in (ahead, back):
+        side[8] = None
+    z = ahead[6]
+    out = torch.full((2, seqlen, dim), float("nan")).to(dtype)
+    names = ("u", "delta", "A", "B", "C", "D", None, "delta_bias", "initial_state")
+    sides = [
+        {n: t for n, t in zip(names, side, strict=True) if n} | {"last_state": None, "reverse": reverse}
+        for side, reverse in ((ahead, False), (back, True))
+    ]
+    module.launch_forward(sides, z, out, delta_softplus=True, scale=0.5, save=False, cut=cut, pairs=pairs)
+    expected = 0
+    for side, reverse in ((ahead, False), (back, True)):
+        side[6] = z
+        expected = expected + reference.forward(*wide(side), delta_softplus=True, reverse=reverse)[0] * 0.5
+    if dtype == torch.float32:
+        close(out, expected)
+    else:
+        # The first direction's sum is rounded on its way through memory: 2^-8 of that, besides the last rounding.
+        torch.testing.assert_close(out.double(), expected, rtol=2**-7, atol=2**-8 * expected.abs().max().item())
+
+
+def test_thread_order_does_not_matter(emulated, monkeypatch):
+    tensors = inputs(1, 37, 40, 16, 1, torch.float32)
+    flags = {"delta_softplus": True, "reverse": False}
+    results = []
+    for order in ("0", "1"):
+        monkeypatch.setenv("VIM_EMULATE_REVERSED", order)
+        out, last, saved = emulated.forward(*tensors, **flags, save=True)
+        results.append([out, last, *emulated.backward(out, last, *tensors, saved, **flags)])
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(first, second)
+
+
+def test_mixed_types_run_in_float32(emulated):
+    tensors = inputs(1, 18, 4, 16, 1, torch.bfloat16)
+    tensors[1] = tensors[1].float() + 1e-3
+    out, _, saved = emulated.forward(*tensors, delta_softplus=True, reverse=False, save=True)
+    expected, _, _ = reference.forward(*wide(tensors), delta_softplus=True, reverse=False)
+    assert out.dtype == torch.bfloat16
+    close(out, expected)
+    grads = emulated.backward(out, None, *tensors, saved, delta_softplus=True, reverse=False)
+    assert [g.dtype for g in grads[:2]] == [torch.bfloat16, torch.float32]
+
+
+def test_launch_arithmetic(emulated):
+    query = emulated.library.query
+    # 384 channels in blocks of 64, or of 128 with two channels a thread; 64 states take four lanes a channel.
+    assert query("vim_scan_forward_blocks", 384, 16, 1, 1) == 6
+    assert query("vim_scan_forward_blocks", 384, 16, 1, 2) == 3
+    assert query("vim_scan_forward_blocks", 384, 64, 1, 1) == 24
+    # A block of sm_80, sm_90 and sm_100 gets at most 163, 227 and 227 KiB of shared memory.
+    assert all(query("vim_scan_backward_shared_bytes", n) <= 163 * 1024 for n in (4, 16, 32, 64))
+    # Sizes past 2^31 floats are counted in 64 bits: 256 x 6085 tokens (381 tiles), 1536 channels, 16 states.
+    assert query("vim_scan_boundary_floats", 256, 6085, 1536, 16) == 256 * 381 * 1536 * 16
+    bc = 24 * 256 * 6085 * 32  # 24 tiles of 64 channels
+    assert query("vim_scan_backward_workspace", 256, 6085, 1536, 16, 1) == bc + 256 * 1536 * (16 + 2)
+
+
+def test_cutting_in_time_is_for_idle_chips():
+    assert cuda.chunk_tiles(128, 197, 6, 132) == 0  # Vim-Ti at 224 pixels, batch 128: the chip is full
+    assert cuda.chunk_tiles(1, 197, 6, 132) == 0  # too short to share out
+    tiles = cuda.chunk_tiles(1, 6085, 6, 132)
+    assert 8 <= tiles <= 381 // 4
+
+
+def test_declines_what_it_cannot_do(monkeypatch):
+    u, A = torch.zeros(1, 2, 3), torch.zeros(3, 4)
+    B = torch.zeros(1, 2, 1, 4)
+    assert "not on a CUDA device" in cuda.why_not(u, A, B, B)
+    monkeypatch.setattr(cuda.library, "why_not", lambda x: None)
+    assert cuda.why_not(u, A, B, B) is None
+    assert "float64" in cuda.why_not(u.double(), A, B, B)
+    assert "complex" in cuda.why_not(u, A.to(torch.complex64), B, B)
+    assert "constant" in cuda.why_not(u, A, A, B)
+    assert "128 states" in cuda.why_not(u, torch.zeros(3, 128), B, B)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["80", "90", "100"])
+@pytest.mark.parametrize("source", ["scan_forward.cu", "scan_backward.cu"])
+def test_nvcc_compiles_without_spills(source, architecture, tmp_path):
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc is not on the PATH")
+    command = [nvcc, f"-arch=sm_{architecture}", "-std=c++17", "-O3", "--resource-usage", "-diag-suppress=128", "-c"]
+    command += [str(CSRC / source), "-o", str(tmp_path / "scan.o")]
+    report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    lines = [line for line in report.splitlines() if "spill stores" in line]
+    assert lines
+    assert all("0 bytes spill stores" in line for line in lines)
