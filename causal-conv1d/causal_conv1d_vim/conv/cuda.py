@@ -74,9 +74,11 @@ def forward(
     *,
     silu: bool,
     reverse: bool,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """(B, L, E) → (B, L, E); weight (E, W), bias (E,), initial_state (B, W-1, E). See `causal_conv1d`."""
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    """(B, L, E) → (B, L, E), into `out` if given; weight (E, W), bias (E,), initial_state (B, W-1, E)."""
+    if out is None:
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel():
         args, _alive = _arguments(x, weight, bias, initial_state, silu, reverse, out=out)
         library.launch("vim_conv_forward", args, x)
@@ -92,10 +94,11 @@ def backward(
     *,
     silu: bool,
     reverse: bool,
-    add_to: torch.Tensor | None = None,
+    dx_into: torch.Tensor | None = None,
+    accumulate: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of (x, weight, bias, initial_state); that of x is added onto `add_to` (B, L, E) if it is given."""
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if add_to is None else add_to
+    """Gradients of (x, weight, bias, initial_state); that of x goes to `dx_into`, added if `accumulate`."""
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if dx_into is None else dx_into
     dweight = torch.zeros(weight.shape, dtype=torch.float32, device=x.device)
     dbias = None if bias is None else torch.zeros(bias.shape, dtype=torch.float32, device=x.device)
     dinitial = None if initial_state is None else torch.zeros(initial_state.shape, dtype=x.dtype, device=x.device)
@@ -106,7 +109,7 @@ def backward(
             dout=_rows(dout.to(x.dtype)), dx=dx, dinitial_state=dinitial, dweight=dweight, dbias=dbias,
             workspace=torch.empty(floats, dtype=torch.float32, device=x.device),
         )  # fmt: skip
-        args.accumulate_dx = add_to is not None
+        args.accumulate_dx = accumulate
         library.launch("vim_conv_backward", args, x)
     return (
         dx,

@@ -77,7 +77,7 @@ def test_gradient_is_added_where_asked(emulated):
     x, weight, onto = torch.randn(1, 70, 6), torch.randn(6, 4), torch.randn(1, 70, 6)
     flags = {"silu": True, "reverse": True}
     alone = emulated.backward(x, x, weight, None, None, **flags)[0]
-    added = emulated.backward(x, x, weight, None, None, **flags, add_to=onto.clone())[0]
+    added = emulated.backward(x, x, weight, None, None, **flags, dx_into=onto.clone(), accumulate=True)[0]
     close(added, onto + alone, x.dtype)
 
 

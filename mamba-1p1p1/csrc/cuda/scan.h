@@ -63,7 +63,7 @@ struct ScanBackwardArgs {
     void* du;
     void* ddelta;
     void* dz;                  // null exactly if z is null
-    void* dB;                  // (batch, seqlen, groups, dstate) contiguous
+    void* dB;                  // (batch, seqlen, groups, dstate), strides dbc_token and dbc_group; a batch row is seqlen tokens
     void* dC;
     float* dA;                 // (dim, dstate)
     float* dD;                 // (dim) or null
@@ -72,6 +72,7 @@ struct ScanBackwardArgs {
     float* dinitial_state;     // (batch, dim, dstate) or null
     float* workspace;          // vim_scan_backward_workspace() floats
     int64_t z_batch, z_token, dout_batch, dout_token, dz_batch, dz_token;  // du, ddelta: contiguous
+    int64_t dbc_token, dbc_group;
     int64_t batch, seqlen, dim;
     int32_t dstate, groups, type, softplus;
     int32_t accumulate_dz;  // add onto dz instead of writing it

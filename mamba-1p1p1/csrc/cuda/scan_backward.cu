@@ -304,7 +304,7 @@ __global__ void __launch_bounds__(256) finish_bc_kernel(const ScanBackwardArgs a
     float sum = 0.0f;
     for (int64_t tile = 0; tile < tiles; ++tile) sum += partial[tile * rows * 2 * states];
     T* target = static_cast<T*>(column < states ? args.dB : args.dC);
-    target[(index / (2 * states) * args.groups + group) * args.dstate + n] = from_float<T>(sum);
+    target[index / (2 * states) * args.dbc_token + group * args.dbc_group + n] = from_float<T>(sum);
 }
 
 // dA, dD and ddelta_bias: sums over the batch, in order.

@@ -4,9 +4,12 @@ Legend: B batch, L tokens, E inner channels, N states, R rank of dt, W convoluti
 """
 
 import dataclasses
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
+from causal_conv1d_vim.autodiff import forbid_double_backward
+from causal_conv1d_vim.backend import forced_backend
 from causal_conv1d_vim.conv import causal_conv1d
 from causal_conv1d_vim.registry import OpBackends
 
@@ -57,6 +60,58 @@ def _one_direction(x: torch.Tensor, z: torch.Tensor, p: Direction) -> torch.Tens
     return out
 
 
+def _fused(xz: torch.Tensor, directions: list[Direction]) -> ModuleType | None:
+    """The first backend with a fused mixer that can serve the call; None leaves it to the operators one by one."""
+    if torch.compiler.is_compiling():
+        return None
+    forced = forced_backend()
+    for name in backends.names:
+        if name != "reference" and forced in (None, name):
+            module = backends.module(name)
+            if module.why_not(xz, directions) is None:
+                return module
+    return None
+
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(Direction) if field.name != "reverse")
+
+
+class _FusedMixer(torch.autograd.Function):
+    """A backend's fused mixer; the tensors of the directions are passed flat, in the order of `_FIELDS`."""
+
+    @staticmethod
+    def forward(ctx, module, xz, scale, save, reverses, *tensors):
+        directions = _FusedMixer._directions(reverses, tensors)
+        out, saved = module.forward(xz, directions, scale=scale, save=save)
+        if save:
+            ctx.module, ctx.scale, ctx.reverses = module, scale, reverses
+            ctx.save_for_backward(xz, *tensors, *saved)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        forbid_double_backward("mixer", dout)
+        xz, *rest = ctx.saved_tensors
+        count = len(ctx.reverses) * len(_FIELDS)
+        directions = _FusedMixer._directions(ctx.reverses, rest[:count])
+        dxz, grads = ctx.module.backward(dout, xz, directions, rest[count:], scale=ctx.scale)
+        flat = [
+            None if value is None or (grad := grads[i].get(name)) is None else grad.to(value.dtype)
+            for i, direction in enumerate(directions)
+            for name in _FIELDS
+            for value in (getattr(direction, name),)
+        ]
+        return None, dxz, None, None, None, *flat
+
+    @staticmethod
+    def _directions(reverses, tensors):
+        rows = (tensors[i : i + len(_FIELDS)] for i in range(0, len(tensors), len(_FIELDS)))
+        return [
+            Direction(**dict(zip(_FIELDS, row, strict=True)), reverse=reverse)
+            for row, reverse in zip(rows, reverses, strict=True)
+        ]
+
+
 def mixer(xz: torch.Tensor, directions: list[Direction], *, scale: float = 1.0) -> torch.Tensor:
     """Sum over directions of the gated selective scan of the convolved input, times `scale` (algorithm 1 of Vim).
 
@@ -68,6 +123,11 @@ def mixer(xz: torch.Tensor, directions: list[Direction], *, scale: float = 1.0) 
     Returns:
         (B, L, E) in xz's dtype, the input of out_proj.
     """
+    if (module := _fused(xz, directions)) is not None:
+        tensors = [getattr(direction, name) for direction in directions for name in _FIELDS]
+        save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (xz, *tensors))
+        with torch.autocast(xz.device.type, enabled=False):
+            return _FusedMixer.apply(module, xz, scale, save, tuple(d.reverse for d in directions), *tensors)
     x, z = xz.chunk(2, dim=-1)
     # The projections run in xz's dtype whatever autocast would choose for them, as a fused kernel does.
     with torch.autocast(xz.device.type, enabled=False):

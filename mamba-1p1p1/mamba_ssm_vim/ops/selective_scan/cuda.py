@@ -60,6 +60,8 @@ class ScanBackwardArgs(ctypes.Structure):
         *((name, pointer) for name in ("z", "dout", "du", "ddelta", "dz", "dB", "dC", "dA", "dD", "ddelta_bias")),
         *((name, pointer) for name in ("dlast_state", "dinitial_state", "workspace")),
         *((f"{name}_{axis}", int64) for name in ("z", "dout", "dz") for axis in ("batch", "token")),
+        ("dbc_token", int64),
+        ("dbc_group", int64),
         *((name, int64) for name in ("batch", "seqlen", "dim")),
         *((name, int32) for name in ("dstate", "groups", "type", "softplus", "accumulate_dz")),
         ("scale", float32),
@@ -217,11 +219,12 @@ def forward(
 
 def backward(
     dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, initial_state, saved, *, delta_softplus, reverse,
-    out_scale=1.0, dz_into=None, accumulate_dz=False,
+    out_scale=1.0, dz_into=None, accumulate_dz=False, dbc_into=None,
 ):  # fmt: skip
     """Gradients of (u, delta, A, B, C, D, z, delta_bias, initial_state).
 
-    dz goes to `dz_into` (B, L, E), a new tensor if None, and is added onto what is there if `accumulate_dz`.
+    dz goes to `dz_into` (B, L, E), a new tensor if None, and is added onto what is there if `accumulate_dz`. dB and dC
+    go to `dbc_into`, two (B, L, G, N) column slices of one contiguous (B, L, ...) tensor, if they are given.
     """
     batch, seqlen, dim = u.shape
     dstate, groups = A.shape[1], B.shape[2]
@@ -242,7 +245,7 @@ def backward(
         initial_state, None, saved[0], reverse=reverse,
     )  # fmt: skip
     du, ddelta = empty(*u.shape, dtype=dtype), empty(*u.shape, dtype=dtype)
-    dB, dC = empty(*B.shape, dtype=dtype), empty(*C.shape, dtype=dtype)
+    dB, dC = dbc_into or (empty(*B.shape, dtype=dtype), empty(*C.shape, dtype=dtype))
     dA = empty(dim, dstate)
     dD = None if D is None else empty(dim)
     dbias = None if delta_bias is None else empty(dim)
@@ -263,6 +266,7 @@ def backward(
     }  # fmt: skip
     for name, t in outputs.items():
         setattr(args, name, address(t))
+    args.dbc_token, args.dbc_group = dB.stride(1), dB.stride(2)
     args.batch, args.seqlen, args.dim, args.dstate, args.groups = batch, seqlen, dim, dstate, groups
     args.type, args.softplus, args.accumulate_dz, args.scale = (
         DATA_TYPES[dtype],
