@@ -1,0 +1,20 @@
+# Sourced by the other scripts: a virtual environment in .venv with what requirements.txt pins and this project.
+# Environment: PYTHON (interpreter to make .venv with, default python3).
+
+set -euo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+cd "$root"
+
+install_project() {
+    # $1: extras to install, e.g. "test"
+    if [ ! -x .venv/bin/python ]; then
+        echo "== making .venv"
+        "${PYTHON:-python3}" -m venv .venv
+        .venv/bin/python -m pip install --quiet --upgrade pip
+    fi
+    echo "== installing requirements.txt (PyTorch with CUDA is a download of several GB the first time)"
+    .venv/bin/python -m pip install --quiet --progress-bar on -r requirements.txt
+    echo "== installing vision-mamba, compiling its native kernels"
+    .venv/bin/python -m pip install --quiet ".${1:+[$1]}"
+    .venv/bin/python -c 'from causal_conv1d_vim.native import describe; print("native kernels:", describe())'
+}

@@ -1,0 +1,95 @@
+"""Pictures and figures of a finished run: `python -m vim.analysis.report OUTPUT_DIR`.
+
+Evaluates the run's last checkpoint on its test set and leaves curves.png, predictions.png and confusion.png beside it.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vim.analysis.plots import plot_confusion, plot_curves, plot_predictions, read_log
+from vim.data import build_datasets, build_loaders
+from vim.data.transforms import normalisation
+from vim.engine import checkpoints
+from vim.engine.arguments import parse_args
+from vim.engine.distributed import choose_place
+from vim.engine.reporting import Reporter
+from vim.engine.run import build_model
+from vim.engine.training import evaluate
+from vim.errors import UserError
+from vim.models import extract_state_dict, load_into
+
+PANEL = 32
+
+
+def report(output_dir: Path) -> list[tuple[str, Path]]:
+    """Write the pictures of the run in `output_dir`; gives what each path is.
+
+    Raises:
+        UserError: the folder holds no finished epoch of a run.
+    """
+    path = output_dir / "checkpoint.pth"
+    checkpoint = checkpoints.read(str(path), "")
+    if not checkpoints.is_own(checkpoint):
+        raise UserError(f"{path} was not written by this project's training")
+    defaults = {k: v for k, v in checkpoint["args"].items() if k not in ("config", "resume", "finetune")}
+    args = parse_args(["--eval", "--resume", str(path)], defaults)
+    place = choose_place(args)
+    _, eval_set, num_classes = build_datasets(args)
+    model = build_model(args, num_classes)
+    load_into(model, extract_state_dict(checkpoint))
+    model.to(place.device)
+    _, loader = build_loaders(args, None, eval_set, world_size=1, rank=0)
+    probabilities, targets = [], []
+
+    def keep(logits: torch.Tensor, labels: torch.Tensor) -> None:
+        probabilities.append(logits.softmax(1).cpu())
+        targets.append(labels.cpu())
+
+    evaluate(model, loader, args, place, Reporter(None, enabled=False, print_every_steps=1), keep)
+    confidence, predicted = torch.cat(probabilities).max(1)
+    target = torch.cat(targets)
+    classes = getattr(eval_set, "classes", [str(k) for k in range(num_classes)])
+
+    # Evenly spaced over the set, so that every class shows when the set is ordered by class.
+    chosen = np.linspace(0, len(eval_set) - 1, min(PANEL, len(eval_set))).astype(int)
+    mean, std = (np.asarray(v).reshape(-1, 1, 1) for v in normalisation(args.in_chans))
+    images = np.stack([(eval_set[i][0].numpy() * std + mean).clip(0, 1).transpose(1, 2, 0) for i in chosen])
+    plot_curves({output_dir.name: read_log(output_dir / "log.txt")}, output_dir / "curves.png")
+    plot_predictions(
+        images, target[chosen].tolist(), predicted[chosen].tolist(), confidence[chosen].tolist(), classes,
+        output_dir / "predictions.png",
+    )  # fmt: skip
+    plot_confusion(target.numpy(), predicted.numpy(), classes, output_dir / "confusion.png")
+    return [
+        ("checkpoint", path),
+        ("learning curves", output_dir / "curves.png"),
+        ("predictions", output_dir / "predictions.png"),
+        ("confusion matrix", output_dir / "confusion.png"),
+        ("log", output_dir / "log.txt"),
+    ]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line: 0, or 2 after a user's error."""
+    parser = argparse.ArgumentParser(prog="python -m vim.analysis.report", description=__doc__.splitlines()[0])
+    parser.add_argument("output_dir", type=Path, help="folder of a run")
+    output_dir = parser.parse_args(argv).output_dir
+    try:
+        written = report(output_dir)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    best = max(record["test_acc1"] for record in read_log(output_dir / "log.txt"))
+    last = read_log(output_dir / "log.txt")[-1]
+    print(f"\ntop-1 {last['test_acc1']:.2f} % on the test images after {last['epoch'] + 1} epochs (best {best:.2f} %)")
+    for what, path in written:
+        print(f"  {what:<18} {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
