@@ -2,7 +2,8 @@
 # Environment: PYTHON (interpreter to make .venv with, default python3).
 
 set -euo pipefail
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+# -P: the scripts are also reached as vim/scripts, a link.
+root="$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$root"
 
 install_project() {

@@ -32,13 +32,13 @@ def gradients(
     return tuple(None if t is None else next(found) for t in leaves)
 
 
-def forbid_double_backward(op: str, *cotangents: torch.Tensor | None) -> None:
-    """Raise if a backward pass is itself being differentiated.
+def forbid_double_backward(op: str) -> None:
+    """Raise if a backward pass is itself being recorded; call it in an autograd function's backward.
 
     Raises:
         RuntimeError: `create_graph=True` reached this operator.
     """
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in cotangents):
+    if torch.is_grad_enabled():
         raise RuntimeError(
             f"{op} has no second derivative: call backward without create_graph=True, "
             "or differentiate the reference function twice"

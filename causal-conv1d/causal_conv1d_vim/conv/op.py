@@ -77,7 +77,7 @@ class _CausalConv1d(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout):
-        forbid_double_backward("causal_conv1d", dout)
+        forbid_double_backward("causal_conv1d")
         grads = ctx.backend.backward(dout, *ctx.saved_tensors, silu=ctx.silu, reverse=ctx.reverse)
         return *grads, None, None
 

@@ -102,7 +102,7 @@ class _AddNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, dresidual_out):
-        forbid_double_backward("add_norm", dy, dresidual_out)
+        forbid_double_backward("add_norm")
         residual_out, weight, bias, mean, rstd = ctx.saved_tensors
         if dy is None:
             dy = torch.zeros(residual_out.shape, dtype=ctx.x_dtype, device=residual_out.device)

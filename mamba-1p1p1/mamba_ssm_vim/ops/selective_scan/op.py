@@ -89,7 +89,7 @@ class _SelectiveScan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, dlast_state):
-        forbid_double_backward("selective_scan", dout, dlast_state)
+        forbid_double_backward("selective_scan")
         inputs, saved = ctx.saved_tensors[:9], list(ctx.saved_tensors[9:])
         if dout is None:
             dout = torch.zeros_like(inputs[0])
