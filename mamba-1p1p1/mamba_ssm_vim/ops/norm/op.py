@@ -13,6 +13,11 @@ def _forward(x, residual, weight, bias, eps, rms, residual_dtype):
     return backend, *backend.forward(x, residual, weight, bias, eps=eps, rms=rms, residual_dtype=residual_dtype)
 
 
+def _own(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """The tensor, copied if it shares memory with `other`, which what a registered operator returns may not."""
+    return tensor.clone() if tensor.data_ptr() == other.data_ptr() else tensor
+
+
 @torch.library.custom_op("vision_mamba::add_norm", mutates_args=())
 def _op(
     x: torch.Tensor,
@@ -24,6 +29,7 @@ def _op(
     residual_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     _, y, residual_out, mean, rstd = _forward(x, residual, weight, bias, eps, rms, residual_dtype)
+    residual_out = _own(residual_out, x)
     return y, residual_out, rstd.new_empty(0) if mean is None else mean, rstd
 
 
@@ -54,9 +60,7 @@ def _op_backward(
     dx, dresidual, dweight, dbias = backend.backward(
         dy, dresidual_out, residual_out, weight, bias, None if rms else mean, rstd, rms=rms, x_dtype=x_dtype
     )
-    # Outputs of an operator may not share memory, which the two gradients do when nothing had to be rounded.
-    dresidual = dresidual.clone() if dresidual.data_ptr() == dx.data_ptr() else dresidual
-    return dx, dresidual, dweight, weight.new_empty(0) if dbias is None else dbias
+    return dx, _own(dresidual, dx), dweight, weight.new_empty(0) if dbias is None else dbias
 
 
 @_op_backward.register_fake
