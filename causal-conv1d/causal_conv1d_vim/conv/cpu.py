@@ -1,0 +1,112 @@
+"""CPU backend of the causal convolution: packs the arguments of causal-conv1d/csrc/cpu/conv.h."""
+
+import struct
+
+import torch
+
+import causal_conv1d_vim
+from causal_conv1d_vim import native
+from causal_conv1d_vim.native import DTYPES, plain, pointer, rows
+
+library = native.Library("vim_conv", causal_conv1d_vim.__path__)
+_forward = library.function("vim_conv_forward")
+_backward = library.function("vim_conv_backward")
+_pack = struct.Struct("=26q").pack
+
+MAX_WIDTH = 16
+_PARALLEL_FROM = 1 << 15  # elements; fewer are done before a second thread has woken up
+
+
+def why_not(x: torch.Tensor, weight: torch.Tensor | None = None) -> str | None:
+    """None if x (B, L, E) can be served here, else the reason."""
+    if weight is not None and weight.shape[1] > MAX_WIDTH:
+        return f"width {weight.shape[1]} is more than {MAX_WIDTH}"
+    return native.why_not(library, x)
+
+
+def _threads(x: torch.Tensor) -> int:
+    return torch.get_num_threads() if x.numel() >= _PARALLEL_FROM else 1
+
+
+def forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    initial_state: torch.Tensor | None,
+    *,
+    silu: bool,
+    reverse: bool,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """out (B, L, E) in x's dtype; see `causal_conv1d_ref`.
+
+    Args:
+        out: where to write, of any supported dtype; allocated if None.
+
+    Raises:
+        ValueError: the kernel is wider than 16.
+    """
+    batch, seqlen, dim = x.shape
+    width = weight.shape[1]
+    if width > MAX_WIDTH:
+        raise ValueError(
+            f"the native convolution takes widths up to {MAX_WIDTH}, got {width}: use the reference backend"
+        )
+    x = rows(x)
+    weight, bias, initial_state = plain(weight), plain(bias), plain(initial_state)
+    if out is None:
+        out = torch.empty((batch, seqlen, dim), dtype=x.dtype)
+    if out.numel():
+        xs, os = x.stride(), out.stride()
+        _forward(
+            _pack(
+                batch, seqlen, dim, width, silu, reverse, _threads(x), 0,
+                x.data_ptr(), DTYPES[x.dtype], xs[0], xs[1], out.data_ptr(), DTYPES[out.dtype], os[0], os[1],
+                0, 0, 0, 0, weight.data_ptr(), pointer(bias), pointer(initial_state), 0, 0, 0,
+            )
+        )  # fmt: skip
+    return out
+
+
+def backward(
+    dout: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    initial_state: torch.Tensor | None,
+    *,
+    silu: bool,
+    reverse: bool,
+    dx: torch.Tensor | None = None,
+    accumulate: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """(dx, dweight, dbias, dinitial_state), each in its input's dtype, None where the input is None.
+
+    Args:
+        dx: where to write x's gradient (B, L, E), channel stride 1; allocated if None.
+        accumulate: add to `dx` instead of overwriting it.
+    """
+    batch, seqlen, dim = x.shape
+    width = weight.shape[1]
+    x, dout = rows(x), rows(dout)
+    weight32, bias32, initial32 = plain(weight), plain(bias), plain(initial_state)
+    if dx is None:
+        dx = torch.empty((batch, seqlen, dim), dtype=x.dtype)
+    dweight = torch.empty((dim, width))
+    dbias = None if bias is None else torch.empty(dim)
+    dinitial = None if initial_state is None else torch.empty((batch, width - 1, dim))
+    xs, os, ds = x.stride(), dout.stride(), dx.stride()
+    _backward(
+        _pack(
+            batch, seqlen, dim, width, silu, reverse, _threads(x), accumulate,
+            x.data_ptr(), DTYPES[x.dtype], xs[0], xs[1], dout.data_ptr(), DTYPES[dout.dtype], os[0], os[1],
+            dx.data_ptr(), DTYPES[dx.dtype], ds[0], ds[1], weight32.data_ptr(), pointer(bias32), pointer(initial32),
+            pointer(dinitial), dweight.data_ptr(), pointer(dbias),
+        )
+    )  # fmt: skip
+    return (
+        dx,
+        dweight.to(weight.dtype),
+        None if bias is None else dbias.to(bias.dtype),
+        None if initial_state is None else dinitial.to(initial_state.dtype),
+    )

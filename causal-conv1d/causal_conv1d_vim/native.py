@@ -1,0 +1,129 @@
+"""Finds and loads a package's compiled CPU library, and says why if it cannot.
+
+The libraries have a C interface: one function per kernel, taking a pointer to one struct of eight-byte fields. Packing
+those fields into a `bytes` object and passing that is the cheapest call that Python can make without a build against
+its headers, and safe from several threads because every call has its own struct.
+"""
+
+import ctypes
+import functools
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
+
+_SUFFIXES = (".dylib", ".so") if sys.platform == "darwin" else (".so",)
+
+
+class Library:
+    """A loaded library, or the reason why there is none.
+
+    Attributes:
+        reason: None, or why the library cannot be used, in one clause.
+        instruction_set: the one that runs here: "baseline", "avx2" or "avx512"; "" without a library.
+    """
+
+    def __init__(self, name: str, package_path: Iterable[str]) -> None:
+        self.reason: str | None = None
+        self.instruction_set = ""
+        self._library: ctypes.CDLL | None = None
+        folders = [Path(entry) / "_native" for entry in package_path]
+        found = [
+            f / f"lib{name}{suffix}" for f in folders for suffix in _SUFFIXES if (f / f"lib{name}{suffix}").exists()
+        ]
+        if not found:
+            self.reason = (
+                "the native CPU library was not built; install again with a C++ compiler, "
+                "or run scripts/build_native.sh in the source tree"
+            )
+            return
+        try:
+            library = ctypes.CDLL(str(found[0]))
+        except OSError as error:
+            self.reason = f"the native CPU library does not load: {error}"
+            return
+        library.vim_isa.restype = ctypes.c_int64
+        chosen = library.vim_isa()
+        if chosen < 0:
+            wanted = os.environ.get("VIM_CPU_ISA")
+            problem = "this machine does not have it" if chosen == -1 else "it is none of baseline, avx2, avx512"
+            self.reason = f"VIM_CPU_ISA is {wanted!r}, but {problem}"
+            return
+        self.instruction_set = INSTRUCTION_SETS[chosen]
+        if (parallel := _gomp_parallel()) is not None:
+            library.vim_use_openmp.argtypes = [ctypes.c_void_p]
+            library.vim_use_openmp.restype = None
+            library.vim_use_openmp(parallel)
+        self._library = library
+
+    def function(self, name: str) -> Callable[[bytes], None]:
+        """The C function `name`, to be called with the bytes of its argument struct; it raises if there is none."""
+        if self._library is None:
+            reason = self.reason
+
+            def unavailable(_: bytes) -> None:
+                raise RuntimeError(reason)
+
+            return unavailable
+        function = getattr(self._library, name)
+        function.argtypes = [ctypes.c_char_p]
+        function.restype = None
+        return function
+
+
+@functools.cache
+def _gomp_parallel() -> int | None:
+    """Address of GOMP_parallel in the OpenMP runtime that torch runs on, or None; loads nothing new.
+
+    libgomp, and LLVM's and Intel's runtimes on Linux, all export it. Wheels rename their copy, so it is looked up among
+    the libraries that the process has mapped, torch's own before any other.
+    """
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return None
+    paths = {line.split(maxsplit=5)[5] for line in maps.splitlines() if len(line.split(maxsplit=5)) == 6}
+    runtimes = [p for p in paths if re.match(r"lib(gomp|omp|iomp5)\b", Path(p).name)]
+    torch_root = str(Path(torch.__file__).parent)
+    for path in sorted(runtimes, key=lambda p: (not p.startswith(torch_root), p)):
+        try:
+            return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p).value
+        except (OSError, AttributeError):
+            continue
+    return None
+
+
+def rows(t: torch.Tensor) -> torch.Tensor:
+    """`t` with adjacent elements along its last dimension, copied only if they are not."""
+    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
+
+
+def plain(t: torch.Tensor | None) -> torch.Tensor | None:
+    """`t` as a contiguous float32 tensor, copied only if it is not one."""
+    if t is None or (t.dtype is torch.float32 and t.is_contiguous()):
+        return t
+    return t.to(torch.float32).contiguous()
+
+
+def pointer(t: torch.Tensor | None) -> int:
+    """Address of the first element; 0 for None."""
+    return 0 if t is None else t.data_ptr()
+
+
+def why_not(library: Library, *tensors: torch.Tensor | None) -> str | None:
+    """Why the library cannot serve these tensors, or None. The first tensor decides the dtype of the call."""
+    if library.reason is not None:
+        return library.reason
+    for t in tensors:
+        if t is not None and t.device.type != "cpu":
+            return f"a tensor is on {t.device.type}"
+    dtype = tensors[0].dtype
+    if dtype not in DTYPES:
+        return f"{dtype} is none of float32, bfloat16, float16"
+    return None

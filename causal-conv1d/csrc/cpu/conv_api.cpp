@@ -1,0 +1,13 @@
+#include "conv.h"
+#include "runtime.h"
+#include "select.h"
+
+VIM_DECLARE(conv_forward, ConvArgs)
+VIM_DECLARE(conv_backward, ConvArgs)
+VIM_DECLARE(conv_update, ConvUpdateArgs)
+
+extern "C" {
+VIM_EXPORT(conv_forward, ConvArgs)
+VIM_EXPORT(conv_backward, ConvArgs)
+VIM_EXPORT(conv_update, ConvUpdateArgs)
+}

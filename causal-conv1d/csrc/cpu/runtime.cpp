@@ -1,0 +1,124 @@
+#include "runtime.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include <atomic>
+#include <thread>
+#include <vector>
+
+#ifndef VIM_X86
+#define VIM_X86 0
+#endif
+
+namespace vim {
+namespace {
+
+// Entry point of the OpenMP runtime that torch has loaded, handed over by the Python side. Calling it by pointer
+// means that whatever compiler built this library, its loops run on torch's threads and never start a second pool.
+typedef void (*GompParallel)(void (*body)(void *), void *data, unsigned threads, unsigned flags);
+
+std::atomic<GompParallel> gomp_parallel{nullptr};
+
+struct Job {
+  Task task;
+  const void *args;
+  int64_t count;
+  std::atomic<int64_t> next{0};
+  std::atomic<int64_t> workers{0};
+};
+
+void work(void *data) {
+  Job &job = *static_cast<Job *>(data);
+  const int64_t worker = job.workers.fetch_add(1, std::memory_order_relaxed);
+  for (;;) {
+    const int64_t i = job.next.fetch_add(1, std::memory_order_relaxed);
+    if (i >= job.count)
+      return;
+    job.task(job.args, i, worker);
+  }
+}
+
+struct Buffers {
+  void *data[4] = {};
+  size_t bytes[4] = {};
+  ~Buffers() {
+    for (void *p : data)
+      free(p);
+  }
+};
+
+}  // namespace
+
+void parallel(int64_t count, int64_t threads, Task task, const void *args) {
+  if (threads > count)
+    threads = count;
+  if (threads <= 1) {
+    for (int64_t i = 0; i < count; ++i)
+      task(args, i, 0);
+    return;
+  }
+  Job job;
+  job.task = task;
+  job.args = args;
+  job.count = count;
+  if (GompParallel run = gomp_parallel.load(std::memory_order_acquire)) {
+    run(work, &job, static_cast<unsigned>(threads), 0);
+    return;
+  }
+  std::vector<std::thread> pool;
+  for (int64_t i = 1; i < threads; ++i)
+    pool.emplace_back(work, &job);
+  work(&job);
+  for (std::thread &t : pool)
+    t.join();
+}
+
+void *scratch(int slot, size_t bytes) {
+  thread_local Buffers buffers;
+  if (buffers.bytes[slot] < bytes) {
+    free(buffers.data[slot]);
+    const size_t rounded = (bytes + 4095) / 4096 * 4096;
+    buffers.data[slot] = nullptr;
+    if (posix_memalign(&buffers.data[slot], 64, rounded) != 0)
+      abort();
+    buffers.bytes[slot] = rounded;
+  }
+  return buffers.data[slot];
+}
+
+int isa() {
+  static const int chosen = [] {
+    int best = 0;
+#if VIM_X86
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+      best = 1;
+    if (best == 1 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+      best = 2;
+#endif
+    const char *forced = getenv("VIM_CPU_ISA");
+    if (forced == nullptr || *forced == 0)
+      return best;
+    const char *names[] = {"baseline", "avx2", "avx512"};
+    for (int i = 0; i < 3; ++i)
+      if (strcmp(forced, names[i]) == 0)
+        return i <= best ? i : -1;
+    return -2;
+  }();
+  return chosen;
+}
+
+}  // namespace vim
+
+extern "C" {
+
+// 0, 1 or 2 as in vim::isa; -1: VIM_CPU_ISA asks for more than this machine has; -2: it holds an unknown name.
+__attribute__((visibility("default"))) int64_t vim_isa() { return vim::isa(); }
+
+__attribute__((visibility("default"))) void vim_use_openmp(void *parallel) {
+  vim::gomp_parallel.store(reinterpret_cast<vim::GompParallel>(parallel), std::memory_order_release);
+}
+
+}  // extern "C"

@@ -1,0 +1,84 @@
+"""The native convolution against the float64 reference."""
+
+import pytest
+import torch
+from causal_conv1d_vim.conv import cpu, reference
+
+pytestmark = pytest.mark.skipif(cpu.library.reason is not None, reason=str(cpu.library.reason))
+
+# One rounding of the result to its dtype (2^-24, 2^-8, 2^-11 relative), and some float32 roundings of sums of order 1
+# to 10; weight gradients add some hundred terms.
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+
+def close(ours, exact, tolerance):
+    scale = exact.abs().max().clamp(min=1)
+    assert ours.dtype is not torch.float64
+    assert (ours.double() - exact).abs().max() <= tolerance * scale
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    ("batch", "seqlen", "dim", "width", "silu", "bias", "initial"),
+    [
+        (2, 37, 48, 4, True, True, False),
+        (1, 1, 5, 4, True, False, True),
+        (3, 2, 67, 3, False, True, True),
+        (1, 70, 130, 2, True, True, True),
+        (2, 33, 16, 4, False, False, False),
+        (1, 9, 19, 1, True, True, False),
+    ],
+)
+def test_agrees_with_reference(batch, seqlen, dim, width, silu, bias, initial, reverse, dtype):
+    torch.manual_seed(seqlen)
+    wide = torch.randn(batch, seqlen, 2 * dim + 1).to(dtype)
+    x = wide[..., :dim]  # a column slice: token stride is not dim
+    weight, dout = torch.randn(dim, width), torch.randn(batch, seqlen, dim).to(dtype)
+    b = torch.randn(dim) if bias else None
+    state = torch.randn(batch, width - 1, dim) if initial else None
+    flags = {"silu": silu, "reverse": reverse}
+    exact_in = [None if t is None else t.double() for t in (x, weight, b, state)]
+    close(cpu.forward(x, weight, b, state, **flags), reference.forward(*exact_in, **flags), TOLERANCE[dtype])
+    ours = cpu.backward(dout, x, weight, b, state, **flags)
+    exact = reference.backward(dout.double(), *exact_in, **flags)
+    for mine, theirs in zip(ours, exact, strict=True):
+        assert (mine is None) == (theirs is None)
+        if mine is not None and mine.numel():
+            close(mine, theirs, TOLERANCE[dtype])
+
+
+def test_same_bits_for_any_number_of_threads():
+    x, weight, bias = torch.randn(3, 300, 200), torch.randn(200, 4), torch.randn(200)
+    dout = torch.randn_like(x)
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(
+                [
+                    cpu.forward(x, weight, bias, None, silu=True, reverse=True),
+                    *cpu.backward(dout, x, weight, bias, None, silu=True, reverse=True)[:3],
+                ]
+            )
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_gradient_may_be_added_to_a_slice():
+    x, weight = torch.randn(2, 40, 32), torch.randn(32, 4)
+    dout = torch.randn_like(x)
+    both = torch.zeros(2, 40, 64)
+    for _ in range(2):
+        cpu.backward(dout, x, weight, None, None, silu=True, reverse=False, dx=both[..., 32:], accumulate=True)
+    alone = cpu.backward(dout, x, weight, None, None, silu=True, reverse=False)[0]
+    torch.testing.assert_close(both[..., 32:], 2 * alone)
+    assert not both[..., :32].any()
+
+
+def test_too_wide_is_refused():
+    with pytest.raises(ValueError, match="widths up to 16"):
+        cpu.forward(torch.randn(1, 4, 2), torch.randn(2, 17), None, None, silu=False, reverse=False)

@@ -1,0 +1,7 @@
+"""The native CPU library of this package, loaded once for all of its operators."""
+
+from causal_conv1d_vim.native import Library
+
+import mamba_ssm_vim
+
+library = Library("vim_mamba", mamba_ssm_vim.__path__)

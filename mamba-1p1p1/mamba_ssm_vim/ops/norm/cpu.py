@@ -1,0 +1,90 @@
+"""CPU backend of add + norm: packs the arguments of mamba-1p1p1/csrc/cpu/norm.h."""
+
+import struct
+
+import torch
+from causal_conv1d_vim import native
+from causal_conv1d_vim.native import DTYPES, plain, pointer
+
+from mamba_ssm_vim.native import library
+
+_forward = library.function("vim_norm_forward")
+_backward = library.function("vim_norm_backward")
+_pack = struct.Struct("=4qd15q").pack
+
+_PARALLEL_FROM = 1 << 15  # elements
+
+
+def why_not(x: torch.Tensor) -> str | None:
+    """None if x can be served here, else the reason."""
+    return native.why_not(library, x)
+
+
+def _threads(x: torch.Tensor) -> int:
+    return torch.get_num_threads() if x.numel() >= _PARALLEL_FROM else 1
+
+
+def forward(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    eps: float,
+    rms: bool,
+    residual_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """(y, residual', mean or None, rstd); see `add_norm_ref`."""
+    x = x.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    dim = x.shape[-1]
+    y = torch.empty(x.shape, dtype=x.dtype)
+    residual_out = torch.empty(x.shape, dtype=residual_dtype)
+    rstd = torch.empty(x.shape[:-1])
+    mean = None if rms else torch.empty(x.shape[:-1])
+    weight, bias = plain(weight), plain(bias)
+    if x.numel():
+        _forward(
+            _pack(
+                x.numel() // dim, dim, rms, _threads(x), eps, x.data_ptr(), DTYPES[x.dtype],
+                pointer(residual), 0 if residual is None else DTYPES[residual.dtype], y.data_ptr(), DTYPES[y.dtype],
+                residual_out.data_ptr(), DTYPES[residual_dtype], weight.data_ptr(), pointer(bias), pointer(mean),
+                rstd.data_ptr(), 0, 0, 0,
+            )
+        )  # fmt: skip
+    return y, residual_out, mean, rstd
+
+
+def backward(
+    dy: torch.Tensor,
+    dresidual_out: torch.Tensor | None,
+    residual_out: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor | None,
+    rstd: torch.Tensor,
+    *,
+    rms: bool,
+    x_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(dx, dresidual, dweight, dbias); dresidual is dx in float32, the same tensor when x is float32."""
+    dy = dy.contiguous()
+    dresidual_out = None if dresidual_out is None else dresidual_out.contiguous()
+    residual_out = residual_out.contiguous()
+    dim = dy.shape[-1]
+    dx = torch.empty(dy.shape, dtype=x_dtype)
+    dresidual = dx if x_dtype is torch.float32 else torch.empty(dy.shape)
+    weight32 = plain(weight)
+    dweight = torch.zeros(dim)
+    dbias = None if bias is None else torch.zeros(dim)
+    if dy.numel():
+        _backward(
+            _pack(
+                dy.numel() // dim, dim, rms, _threads(dy), 0.0, dy.data_ptr(), DTYPES[dy.dtype],
+                pointer(dresidual_out), 0 if dresidual_out is None else DTYPES[dresidual_out.dtype],
+                dx.data_ptr(), DTYPES[x_dtype], residual_out.data_ptr(), DTYPES[residual_out.dtype],
+                weight32.data_ptr(), 0, pointer(mean), rstd.data_ptr(), 0 if dresidual is dx else dresidual.data_ptr(),
+                dweight.data_ptr(), pointer(dbias),
+            )
+        )  # fmt: skip
+    return dx, dresidual, dweight.to(weight.dtype), None if bias is None else dbias.to(bias.dtype)

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Compiles the native CPU libraries and puts them next to the Python sources, for work in the tree without installing.
+# Usage: scripts/build_native.sh [cmake options, e.g. -DVIM_SANITIZE=address,undefined]
+set -euo pipefail
+top=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+build=${VIM_BUILD_DIR:-$top/build/native}
+generator=()
+if command -v ninja >/dev/null; then generator=(-G Ninja); fi
+cmake -S "$top" -B "$build" "${generator[@]}" -DCMAKE_BUILD_TYPE=Release -DVIM_IN_PLACE=ON "$@" >/dev/null
+cmake --build "$build" --parallel
+cmake --install "$build" >/dev/null
