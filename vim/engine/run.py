@@ -44,7 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run(argv)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # A loader's worker passes its error on with its traceback before it.
+        print(f"error: {str(error).rsplit('UserError: ', 1)[-1].strip()}", file=sys.stderr)
         return 2
     finally:
         if dist.is_initialized():
