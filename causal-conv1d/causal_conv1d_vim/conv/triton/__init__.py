@@ -1,0 +1,98 @@
+"""Depthwise causal convolution in Triton, on NVIDIA and AMD GPUs; on CPU tensors under TRITON_INTERPRET=1 if forced."""
+
+import math
+
+import torch
+
+from causal_conv1d_vim import triton_support
+from causal_conv1d_vim.triton_support import guard, interpreting, rows
+
+MAX_WIDTH = 8
+TILE_T = 16
+BLOCK_E = 128
+
+
+def why_not(x: torch.Tensor) -> str | None:
+    """None if these kernels can serve a call on x (B, L, E), else the reason."""
+    return triton_support.why_not(x)
+
+
+def _launch(x: torch.Tensor, weight: torch.Tensor) -> tuple[tuple[int, int], dict]:
+    if not 1 <= weight.shape[1] <= MAX_WIDTH:
+        raise ValueError(f"the convolution's width is {weight.shape[1]}; the Triton kernels take 1 to {MAX_WIDTH}")
+    tile = TILE_T if not interpreting() else 8
+    batch, seqlen, dim = x.shape
+    grid = (batch * math.ceil(seqlen / tile), math.ceil(dim / BLOCK_E))
+    return grid, {"W": weight.shape[1], "TILE_T": tile, "BLOCK_E": BLOCK_E, "num_warps": 4, "num_stages": 1}
+
+
+def _parameters(x, weight, bias, initial_state):
+    state = None if initial_state is None else initial_state.contiguous()
+    return rows(x), weight.contiguous(), None if bias is None else bias.contiguous(), state
+
+
+def forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    initial_state: torch.Tensor | None,
+    *,
+    silu: bool,
+    reverse: bool,
+) -> torch.Tensor:
+    """(B, L, E) → (B, L, E); weight (E, W), bias (E,), initial_state (B, W-1, E). See `causal_conv1d`."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.numel() == 0:
+        return out
+    from causal_conv1d_vim.conv.triton import kernels
+
+    grid, meta = _launch(x, weight)
+    x, weight, bias, state = _parameters(x, weight, bias, initial_state)
+    with guard(x):
+        kernels.conv_forward[grid](
+            x, weight, bias, state, out, *x.stride()[:2], *out.stride()[:2], *x.shape[1:],
+            HAS_BIAS=bias is not None, HAS_STATE=state is not None, SILU=silu, REVERSE=reverse, **meta,
+        )  # fmt: skip
+    return out
+
+
+def backward(
+    dout: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    initial_state: torch.Tensor | None,
+    *,
+    silu: bool,
+    reverse: bool,
+    dx_into: torch.Tensor | None = None,
+    accumulate: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of (x, weight, bias, initial_state).
+
+    dx goes to `dx_into` (B, L, E), a new tensor if None, and is added onto what is there if `accumulate`.
+    """
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if dx_into is None else dx_into
+    if x.numel() == 0:
+        zeros = [None if t is None else torch.zeros_like(t) for t in (weight, bias, initial_state)]
+        return dx, *zeros
+    from causal_conv1d_vim.conv.triton import kernels
+
+    grid, meta = _launch(x, weight)
+    x, weight_in, bias_in, state = _parameters(x, weight, bias, initial_state)
+    dout = rows(dout)
+    dweight = torch.empty(grid[0], weight.shape[1], x.shape[2], dtype=torch.float32, device=x.device)
+    dbias = torch.empty(grid[0], x.shape[2], dtype=torch.float32, device=x.device)
+    dstate = None if state is None else torch.empty_like(state)
+    with guard(x):
+        kernels.conv_backward[grid](
+            dout, x, weight_in, bias_in, state, dx, dstate, dweight, dbias,
+            *dout.stride()[:2], *x.stride()[:2], *dx.stride()[:2], *x.shape[1:],
+            HAS_BIAS=bias is not None, HAS_STATE=state is not None, SILU=silu, REVERSE=reverse, ADD=accumulate, **meta,
+        )  # fmt: skip
+    return (
+        dx,
+        dweight.sum(0).t().to(weight.dtype),
+        None if bias is None else dbias.sum(0).to(bias.dtype),
+        dstate,
+    )

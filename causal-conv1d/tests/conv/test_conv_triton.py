@@ -1,0 +1,71 @@
+"""The Triton convolution in Triton's interpreter (or on a GPU), against the reference in float64."""
+
+import pytest
+import torch
+from causal_conv1d_vim import triton_support
+from causal_conv1d_vim.conv import reference
+from causal_conv1d_vim.conv import triton as backend
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cpu" and not triton_support.interpreting(), reason="test_triton_suite.py runs this under the interpreter"
+)
+
+
+def error(actual, expected):
+    assert torch.isfinite(actual).all()
+    return ((actual.double() - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+
+
+# Float32 sums of at most a few hundred terms: 2e-6 in the norm; a narrow dtype adds the rounding of the results.
+LIMITS = {torch.float32: 2e-6, torch.bfloat16: 2**-8 + 2e-6, torch.float16: 2**-11 + 2e-6}
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "width", "dtype", "silu", "full"),
+    [
+        ((2, 19, 20), 4, torch.float32, True, True),
+        ((1, 2, 7), 4, torch.float32, True, True),  # shorter than the window
+        ((1, 37, 130), 3, torch.bfloat16, True, True),  # two blocks of channels
+        ((1, 9, 5), 2, torch.float16, False, True),
+        ((1, 16, 8), 4, torch.float32, False, False),
+    ],
+)
+def test_matches_reference(shape, width, dtype, silu, full, reverse):
+    torch.manual_seed(0)
+    batch, seqlen, dim = shape
+    x = torch.randn(batch, seqlen, 2 * dim, device=DEVICE).to(dtype)[..., dim:]  # a column slice, as in xz
+    weight = torch.randn(dim, width, device=DEVICE)
+    bias = torch.randn(dim, device=DEVICE) if full else None
+    state = torch.randn(batch, width - 1, dim, device=DEVICE).to(dtype) if full else None
+    dout = torch.randn(shape, device=DEVICE).to(dtype)
+    flags = {"silu": silu, "reverse": reverse}
+    args = (x, weight, bias, state)
+    wide = [None if t is None else t.double() for t in args]
+    out = backend.forward(*args, **flags)
+    assert out.dtype == dtype
+    assert error(out, reference.forward(*wide, **flags)) < LIMITS[dtype]
+    grads = backend.backward(dout, *args, **flags)
+    for grad, want, source in zip(grads, reference.backward(dout.double(), *wide, **flags), args, strict=True):
+        if source is None:
+            assert grad is None
+        else:
+            assert grad.dtype == source.dtype
+            assert error(grad, want) < LIMITS[source.dtype]
+    again = backend.backward(dout, *args, **flags)
+    assert all(a is b or torch.equal(a, b) for a, b in zip(grads, again, strict=True))
+
+
+def test_gradient_is_added_where_asked():
+    x, weight, onto = torch.randn(1, 6, 4), torch.randn(4, 4), torch.randn(1, 6, 4)
+    x, weight, onto = (t.to(DEVICE) for t in (x, weight, onto))
+    flags = {"silu": True, "reverse": True}
+    alone = backend.backward(x, x, weight, None, None, **flags)[0]
+    added = backend.backward(x, x, weight, None, None, **flags, dx_into=onto.clone(), accumulate=True)[0]
+    torch.testing.assert_close(added, onto + alone, rtol=1e-6, atol=1e-6)
+
+
+def test_refuses_wide_windows():
+    with pytest.raises(ValueError, match="width is 9"):
+        backend.forward(torch.ones(1, 2, 3, device=DEVICE), torch.ones(3, 9), None, None, silu=False, reverse=False)

@@ -1,0 +1,221 @@
+"""Selective scan in Triton, on NVIDIA and AMD GPUs; on CPU tensors under TRITON_INTERPRET=1 if forced."""
+
+import dataclasses
+import math
+
+import torch
+from causal_conv1d_vim import triton_support
+from causal_conv1d_vim.triton_support import guard, rows
+
+MAX_STATES = 64
+BLOCK_E = 32  # channels of a program: one warp, a channel per lane
+MIN_CHUNK = 128  # tokens: shorter chunks would spend more on their summaries than they gain
+
+
+def why_not(u: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor) -> str | None:
+    """None if these kernels can serve u (B, L, E), A (E, N), B and C, else the reason."""
+    if A.is_complex():
+        return "A is complex"
+    if A.shape[1] > MAX_STATES:
+        return f"{A.shape[1]} states are more than {MAX_STATES}"
+    if B.dim() != 4 or C.dim() != 4:
+        return "B or C is constant over time"
+    if B.shape[2] != C.shape[2]:
+        return "B and C have different numbers of groups"
+    return triton_support.why_not(u)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a scan is cut up. Depends on shapes and the device only, so results repeat bit for bit.
+
+    Attributes:
+        blocks: channel blocks of a group.
+        tile, grad_tile: tokens of a tile (K of the kernels) forward, and in the gradient kernel.
+        states: N rounded up to a power of two.
+        chunks, chunk_len: pieces of the sequence that run side by side, and their tokens (a multiple of `tile`).
+    """
+
+    blocks: int
+    tile: int
+    grad_tile: int
+    states: int
+    chunks: int
+    chunk_len: int
+
+
+def plan(batch: int, seqlen: int, dim: int, dstate: int, groups: int, multiprocessors: int) -> Plan:
+    """Cut a scan so that a tile's K·N values per channel fit a thread's registers and small batches fill the chip."""
+    states = 1 << max(0, dstate - 1).bit_length()
+    tile = max(1, min(16, 64 // states))
+    grad_tile = max(1, min(16, 128 // states))
+    blocks = math.ceil(dim // groups / BLOCK_E)
+    programs = batch * groups * blocks
+    # A chunked scan computes its exponentials twice, so it must at least double the number of busy warps to pay.
+    # Four warps per multiprocessor keep its four schedulers busy, eight hide the latency of the loads.
+    wanted = 1 if programs >= 4 * multiprocessors else 8 * multiprocessors // programs
+    chunks = max(1, min(wanted, seqlen // MIN_CHUNK))
+    if chunks < 3:
+        chunks = 1
+    chunk_len = math.ceil(math.ceil(seqlen / chunks) / grad_tile) * grad_tile
+    return Plan(blocks, tile, grad_tile, states, math.ceil(seqlen / chunk_len), chunk_len)
+
+
+def _plan(u: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> Plan:
+    return plan(*u.shape, A.shape[1], B.shape[2], triton_support.multiprocessors(u))
+
+
+def _state(t: torch.Tensor | None) -> torch.Tensor | None:
+    """(B, E, N) → contiguous float32 (B, N, E), channels across lanes."""
+    return None if t is None else t.float().transpose(1, 2).contiguous()
+
+
+def _vector(t: torch.Tensor | None) -> torch.Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def _strides(t: torch.Tensor | None, count: int) -> tuple[int, ...]:
+    return (0,) * count if t is None else t.stride()[:count]
+
+
+class _Launch:
+    """The arguments that the kernels of one call share."""
+
+    def __init__(self, u, delta, A, B, delta_bias, delta_softplus: bool, reverse: bool) -> None:
+        from mamba_ssm_vim.ops.selective_scan.triton import kernels
+
+        self.kernels = kernels
+        self.plan = _plan(u, A, B)
+        self.batch, self.seqlen, self.dim = u.shape
+        self.dstate, self.groups = A.shape[1], B.shape[2]
+        self.u, self.delta, self.A, self.B, self.bias = (
+            rows(u),
+            rows(delta),
+            A.float().contiguous(),
+            rows(B),
+            delta_bias,
+        )
+        self.grid = (self.batch * self.groups * self.plan.blocks, self.plan.chunks)
+        self.sizes = (
+            self.seqlen, self.dim, self.dstate, self.groups, self.plan.chunk_len, self.plan.chunks,
+        )  # fmt: skip
+        self.meta = {"N": self.plan.states, "BLOCK_E": BLOCK_E, "num_warps": 1, "num_stages": 1}
+        self.flags = {
+            "HAS_BIAS": delta_bias is not None, "SOFTPLUS": delta_softplus, "REVERSE": reverse, "K": self.plan.tile,
+            **self.meta,
+        }  # fmt: skip
+        # The gradient kernel holds three times the values per step: its states are spread over four warps.
+        self.grad_flags = {**self.flags, "K": self.plan.grad_tile, "num_warps": 4}
+
+    def empty(self, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.u.device)
+
+    def states(self, enter: torch.Tensor | None, *, save: bool, local: bool) -> tuple[torch.Tensor, ...]:
+        """Run `scan_states`: (boundaries, local state, local dt), those not asked for empty."""
+        p = self.plan
+        # Boundaries are for the gradient kernel, one per tile of its own.
+        flags = {**self.flags, "K": p.grad_tile} if save else self.flags
+        tiles = math.ceil(self.seqlen / p.grad_tile)
+        boundaries = self.empty(self.batch, tiles, self.dstate, self.dim) if save else self.empty(0)
+        state = self.empty(self.batch, p.chunks, self.dstate, self.dim) if local else self.empty(0)
+        dt = self.empty(self.batch, p.chunks, self.dim) if local else self.empty(0)
+        self.kernels.scan_states[self.grid](
+            self.u, self.delta, self.A, self.B, self.bias, enter, boundaries, state, dt,
+            *_strides(self.u, 2), *_strides(self.delta, 2), *_strides(self.B, 3), *self.sizes,
+            HAS_ENTER=enter is not None, SAVE=save, LOCAL=local, **flags,
+        )  # fmt: skip
+        return boundaries, state, dt
+
+    def combine(self, start, state, dt, *, backward: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run `scan_combine`: (state on entering each chunk, state after all)."""
+        enter, leave = torch.empty_like(state), self.empty(self.batch, self.dstate, self.dim)
+        self.kernels.scan_combine[(self.batch * math.ceil(self.dim / BLOCK_E),)](
+            self.A, start, state, dt, enter, leave, self.dim, self.dstate, self.plan.chunks,
+            HAS_START=start is not None, BACKWARD=backward, **self.meta,
+        )  # fmt: skip
+        return enter, leave
+
+    def chunk_starts(self, start: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The state on entering each chunk (None for zeros), and the chunks' summed steps if there are several."""
+        if self.plan.chunks == 1:
+            return start, None
+        _, state, dt = self.states(None, save=False, local=True)
+        return self.combine(start, state, dt, backward=False)[0], dt
+
+
+def forward(
+    u, delta, A, B, C, D, z, delta_bias, initial_state, *, delta_softplus, reverse, out_scale=1.0,
+    accumulate_into=None, save=False,
+):  # fmt: skip
+    """`selective_scan_ref` under the signature that backends share.
+
+    Saved, and only when the sequence is cut in chunks: the state on entering each chunk and the chunk's summed step.
+    States inside a chunk are made again by `backward`: keeping them would cost more memory than all activations.
+    """
+    if u.numel() == 0:
+        last = u.new_zeros(u.shape[0], u.shape[2], A.shape[1], dtype=torch.float32)
+        last = last if initial_state is None else initial_state.float().clone()
+        return (u.new_empty(u.shape) if accumulate_into is None else accumulate_into), last, []
+    run = _Launch(u, delta, A, B, delta_bias, delta_softplus, reverse)
+    C, z, addend = rows(C), rows(z), rows(accumulate_into)
+    out = torch.empty(u.shape, dtype=u.dtype, device=u.device) if addend is None else addend
+    last_state = run.empty(run.batch, run.dstate, run.dim)
+    with guard(u):
+        enter, dt = run.chunk_starts(_state(initial_state))
+        run.kernels.scan_forward[run.grid](
+            run.u, run.delta, run.A, run.B, C, _vector(D), z, delta_bias, enter, addend, out, last_state,
+            *_strides(run.u, 2), *_strides(run.delta, 2), *_strides(run.B, 3), *_strides(C, 3), *_strides(z, 2),
+            *_strides(addend, 2), *_strides(out, 2), *run.sizes, float(out_scale),
+            HAS_D=D is not None, HAS_Z=z is not None, HAS_ENTER=enter is not None, ADD=addend is not None, **run.flags,
+        )  # fmt: skip
+    saved = [enter, dt] if save and run.plan.chunks > 1 else []
+    return out, last_state.transpose(1, 2).contiguous(), saved
+
+
+def backward(
+    dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, initial_state, saved, *, delta_softplus, reverse,
+    out_scale=1.0, dz_into=None, accumulate_dz=False,
+):  # fmt: skip
+    """Gradients of (u, delta, A, B, C, D, z, delta_bias, initial_state), each in its input's dtype.
+
+    dz goes to `dz_into` (B, L, E), a new tensor if None, and is added onto what is there if `accumulate_dz`.
+    """
+    inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    if u.numel() == 0:
+        grads = [None if t is None else torch.zeros_like(t) for t in inputs]
+        if initial_state is not None and dlast_state is not None:
+            grads[8] = dlast_state.to(initial_state.dtype)
+        return tuple(grads)
+    run = _Launch(u, delta, A, B, delta_bias, delta_softplus, reverse)
+    p, (batch, seqlen, dim), (dstate, groups) = run.plan, u.shape, (run.dstate, run.groups)
+    C, z, dout, D_in = rows(C), rows(z), rows(dout), _vector(D)
+    c_strides, z_strides, dout_strides = _strides(C, 3), _strides(z, 2), _strides(dout, 2)
+    du, ddelta = (torch.empty(u.shape, dtype=t.dtype, device=u.device) for t in (u, delta))
+    dz = torch.empty(u.shape, dtype=z.dtype, device=u.device) if z is not None and dz_into is None else dz_into
+    dA, dstart = run.empty(batch * p.chunks, dstate, dim), run.empty(batch, dstate, dim)
+    dD, dbias = run.empty(batch * p.chunks, dim), run.empty(batch * p.chunks, dim)
+    dB, dC = (run.empty(p.blocks, batch, seqlen, groups, dstate) for _ in range(2))
+    with guard(u):
+        start, incoming = _state(initial_state), _state(dlast_state)
+        enter, dt = saved if saved else run.chunk_starts(start)
+        boundaries, _, _ = run.states(enter, save=True, local=False)
+        if p.chunks > 1:
+            local = run.empty(batch, p.chunks, dstate, dim)
+            run.kernels.scan_grad_states[run.grid](
+                dout, run.delta, run.A, C, z, delta_bias, local,
+                *dout_strides, *_strides(run.delta, 2), *c_strides, *z_strides, *run.sizes, float(out_scale),
+                HAS_Z=z is not None, **run.flags,
+            )  # fmt: skip
+            incoming, _ = run.combine(incoming, local, dt, backward=True)
+        run.kernels.scan_backward[run.grid](
+            dout, run.u, run.delta, run.A, run.B, C, D_in, z, delta_bias, boundaries, incoming,
+            du, ddelta, dz, dA, dB, dC, dD, dbias, dstart,
+            *dout_strides, *_strides(run.u, 2), *_strides(run.delta, 2), *_strides(run.B, 3), *c_strides, *z_strides,
+            *_strides(dz, 2), batch, *run.sizes, float(out_scale),
+            HAS_D=D is not None, HAS_Z=z is not None, ADD_DZ=accumulate_dz, HAS_ENTER=incoming is not None,
+            **run.grad_flags,
+        )  # fmt: skip
+    grads = (
+        du, ddelta, dA.sum(0).t(), dB.sum(0), dC.sum(0), dD.sum(0), dz, dbias.sum(0), dstart.transpose(1, 2),
+    )  # fmt: skip
+    return tuple(None if t is None else g.to(t.dtype) for g, t in zip(grads, inputs, strict=True))
