@@ -238,6 +238,21 @@ VIM_INLINE void store_as(char *p, int64_t dtype, vf v) {
   memcpy(p, &h, sizeof h);
 }
 
+// `rows` times BLOCK floats, `stride` bytes apart, into consecutive memory; the dtype is looked at once.
+template <int64_t DTYPE> VIM_INLINE void load_blocks(float *dst, const char *src, int64_t stride, int64_t rows) {
+  for (int64_t t = 0; t < rows; ++t)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v)
+      store(dst + t * BLOCK + v * LANES, load_as(src + t * stride + v * LANES * (DTYPE == F32 ? 4 : 2), DTYPE));
+}
+
+template <int64_t DTYPE> VIM_INLINE void store_blocks(char *dst, const float *src, int64_t stride, int64_t rows) {
+  for (int64_t t = 0; t < rows; ++t)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v)
+      store_as(dst + t * stride + v * LANES * (DTYPE == F32 ? 4 : 2), DTYPE, load(src + t * BLOCK + v * LANES));
+}
+
 // `count` floats (any number) from memory of some dtype; the rest of the last vector of `dst` becomes zero.
 VIM_INLINE void load_row(float *dst, const char *src, int64_t dtype, int64_t count) {
   const int64_t size = size_of(dtype);

@@ -1,4 +1,5 @@
 #include "norm.h"
+#include "probe.h"
 #include "scan.h"
 #include "select.h"
 
@@ -6,10 +7,12 @@ VIM_DECLARE(scan_forward, ScanArgs)
 VIM_DECLARE(scan_backward, ScanGradArgs)
 VIM_DECLARE(norm_forward, NormArgs)
 VIM_DECLARE(norm_backward, NormArgs)
+VIM_DECLARE(fma_rate, ProbeArgs)
 
 extern "C" {
 VIM_EXPORT(scan_forward, ScanArgs)
 VIM_EXPORT(scan_backward, ScanGradArgs)
 VIM_EXPORT(norm_forward, NormArgs)
 VIM_EXPORT(norm_backward, NormArgs)
+VIM_EXPORT(fma_rate, ProbeArgs)
 }

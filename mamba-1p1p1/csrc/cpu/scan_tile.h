@@ -69,8 +69,19 @@ VIM_INLINE void vector_in(float *dst, const float *src, int64_t count) {
     dst[c] = src && c < count ? src[c] : 0.0f;
 }
 
-VIM_INLINE void load_tile(float *dst, const Tokens &x, const Slab &s, int64_t start, int64_t tokens, int64_t channel,
-                          int64_t count) {
+void load_tile(float *dst, const Tokens &x, const Slab &s, int64_t start, int64_t tokens, int64_t channel,
+               int64_t count) {
+  if (count == BLOCK) {
+    const char *from = row(x, s.item, s.token(start), channel);
+    const int64_t stride = s.step * x.token_stride * size_of(x.dtype);
+    if (x.dtype == F32)
+      load_blocks<F32>(dst, from, stride, tokens);
+    else if (x.dtype == BF16)
+      load_blocks<BF16>(dst, from, stride, tokens);
+    else
+      load_blocks<F16>(dst, from, stride, tokens);
+    return;
+  }
   for (int64_t t = 0; t < tokens; ++t)
     load_row(dst + t * BLOCK, row(x, s.item, s.token(start + t), channel), x.dtype, count);
   if (count <= BLOCK - LANES)  // load_row pads its last vector only
@@ -79,8 +90,19 @@ VIM_INLINE void load_tile(float *dst, const Tokens &x, const Slab &s, int64_t st
         dst[t * BLOCK + c] = 0.0f;
 }
 
-VIM_INLINE void store_tile(const float *src, const Tokens &x, const Slab &s, int64_t start, int64_t tokens,
-                           int64_t channel, int64_t count) {
+void store_tile(const float *src, const Tokens &x, const Slab &s, int64_t start, int64_t tokens, int64_t channel,
+                int64_t count) {
+  if (count == BLOCK) {
+    char *to = row(x, s.item, s.token(start), channel);
+    const int64_t stride = s.step * x.token_stride * size_of(x.dtype);
+    if (x.dtype == F32)
+      store_blocks<F32>(to, src, stride, tokens);
+    else if (x.dtype == BF16)
+      store_blocks<BF16>(to, src, stride, tokens);
+    else
+      store_blocks<F16>(to, src, stride, tokens);
+    return;
+  }
   for (int64_t t = 0; t < tokens; ++t)
     store_row(row(x, s.item, s.token(start + t), channel), x.dtype, src + t * BLOCK, count);
 }
@@ -145,8 +167,8 @@ struct Shared {
 };
 
 // dt, and the derivative of dt by delta if `slope` is given. True if every |dt * A2| is within EXP2_RANGE.
-VIM_INLINE bool step_tile(float *dt, float *slope, const ScanArgs &a, const BlockParams &p, const Shared &shared,
-                          int64_t tokens) {
+bool step_tile(float *dt, float *slope, const ScanArgs &a, const BlockParams &p, const Shared &shared,
+               int64_t tokens) {
   vi inside = vi{} - 1;
   for (int64_t t = 0; t < tokens; ++t)
     for (int v = 0; v < NV; ++v) {
@@ -180,7 +202,7 @@ template <bool SMALL> VIM_INLINE vf decay_of(vf dt, vf A2) { return SMALL ? exp2
 // y_t = C_t h_t (without the skip), h advanced over the tile. KEEP stores every h_t and decay_t for a backward pass.
 // STATES: the number of states if known when compiling, or 0.
 template <bool SMALL, bool KEEP, bool B_CONSTANT, bool C_CONSTANT, int STATES>
-void run_tile(int64_t tokens, int64_t states, const float *dt, const float *dtu, const float *B, const float *C,
+__attribute__((noinline)) void run_tile(int64_t tokens, int64_t states, const float *dt, const float *dtu, const float *B, const float *C,
               const float *A2, float *h, float *y, float *kept_h, float *kept_decay) {
   const int64_t n = STATES ? STATES : states;
   constexpr bool IN_REGISTERS = STATES > 0 && LANES == 16;
