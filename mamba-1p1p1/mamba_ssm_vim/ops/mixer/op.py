@@ -90,7 +90,7 @@ class _FusedMixer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout):
-        forbid_double_backward("mixer", dout)
+        forbid_double_backward("mixer")
         xz, *rest = ctx.saved_tensors
         count = len(ctx.reverses) * len(_FIELDS)
         directions = _FusedMixer._directions(ctx.reverses, rest[:count])
