@@ -1,0 +1,107 @@
+"""CPU backend of the mixer: per direction one convolution kernel, one GEMM (x_proj) and one scan kernel.
+
+The step's projection happens inside the scan, the second direction adds onto the first one's output, and nothing is
+flipped or copied. Backward keeps xz, x_proj's small output (B, L, R + 2N) and the chunk states, and convolves again.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from causal_conv1d_vim import native
+from causal_conv1d_vim.conv import cpu as conv
+
+from mamba_ssm_vim.ops.selective_scan import cpu as scan
+
+if TYPE_CHECKING:
+    from mamba_ssm_vim.ops.mixer.op import Direction
+
+
+def why_not(xz: torch.Tensor, directions: "list[Direction]") -> str | None:
+    """None if this mixer can be served here, else the reason."""
+    if conv.library.reason is not None:
+        return conv.library.reason
+    if (reason := native.why_not(scan.library, xz)) is not None:
+        return reason
+    first = directions[0]
+    if first.A.dtype is not torch.float32:
+        return f"A is {first.A.dtype}, not float32"
+    if first.conv_weight.shape[1] > conv.MAX_WIDTH:
+        return f"the convolution is wider than {conv.MAX_WIDTH}"
+    return None
+
+
+def _scans(p: "Direction") -> list[tuple[torch.Tensor, bool, str]]:
+    """(A, reverse, A's name) of each scan over one convolved input."""
+    scans = [(p.A, p.reverse, "A")]
+    return scans if p.A_back is None else [*scans, (p.A_back, not p.reverse, "A_back")]
+
+
+def _split(x_dbl: torch.Tensor, rank: int, states: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x_proj's output (B, L, R + 2N) as views: the low-rank step, B and C with one group."""
+    B = x_dbl[..., rank : rank + states].unsqueeze(2)
+    return x_dbl[..., :rank], B, x_dbl[..., rank + states :].unsqueeze(2)
+
+
+def forward(
+    xz: torch.Tensor, directions: "list[Direction]", *, scale: float, save: bool
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """out (B, L, E) in xz's dtype, and per direction x_proj's output and each scan's chunk states if `save`."""
+    x, z = xz.chunk(2, dim=-1)
+    out, saved, u = None, [], None
+    for p in directions:
+        u = conv.forward(x, p.conv_weight, p.conv_bias, None, silu=True, reverse=p.reverse, out=u)
+        x_dbl = F.linear(u, p.x_proj_weight.to(u.dtype))
+        low_rank, B, C = _split(x_dbl, p.dt_proj_weight.shape[1], p.A.shape[1])
+        if save:
+            saved.append(x_dbl)
+        for A, reverse, _ in _scans(p):
+            out, _, states = scan.forward(
+                u, low_rank, A, B, C, p.D, z, p.dt_bias, None, delta_softplus=True, reverse=reverse,
+                out_scale=scale, accumulate_into=out, save=save, dt_weight=p.dt_proj_weight,
+            )  # fmt: skip
+            saved += states
+    return out, saved
+
+
+def backward(
+    dout: torch.Tensor, xz: torch.Tensor, directions: "list[Direction]", saved: list[torch.Tensor], *, scale: float
+) -> tuple[torch.Tensor, list[dict[str, torch.Tensor | None]]]:
+    """dxz (B, L, 2E) in xz's dtype, and per direction the gradients of its tensors by field name."""
+    x, z = xz.chunk(2, dim=-1)
+    dxz = torch.empty(xz.shape, dtype=xz.dtype)
+    dx, dz = dxz.chunk(2, dim=-1)
+    rest, all_grads = iter(saved), []
+    u, du = torch.empty(x.shape), torch.empty(x.shape)
+    for index, p in enumerate(directions):
+        rank, states = p.dt_proj_weight.shape[1], p.A.shape[1]
+        conv.forward(x, p.conv_weight, p.conv_bias, None, silu=True, reverse=p.reverse, out=u)
+        low_rank, B, C = _split(next(rest), rank, states)
+        grads: dict[str, torch.Tensor | None] = {}
+        du_total = du
+        dx_dbl = None
+        for number, (A, reverse, name) in enumerate(_scans(p)):
+            to_u = du if number == 0 else torch.empty_like(du)
+            found = scan.backward_into(
+                dout, None, u, low_rank, A, B, C, p.D, z, p.dt_bias, None, next(rest), to_u, None, dz,
+                delta_softplus=True, reverse=reverse, out_scale=scale, dt_weight=p.dt_proj_weight,
+                accumulate_dz=index + number > 0,
+            )  # fmt: skip
+            found = {"dt_proj_weight": found["ddt_weight"], "dt_bias": found["dbias"], "D": found["dD"]} | {
+                name: found["dA"],
+                "x_dbl": found["dx"].squeeze(2),
+            }
+            if number == 0:
+                grads = found
+            else:  # shared parameters: the two scans' gradients add up
+                du_total.add_(to_u)
+                grads |= {k: v if grads.get(k) is None else grads[k].add_(v) for k, v in found.items() if v is not None}
+        dx_dbl = grads.pop("x_dbl").reshape(-1, rank + 2 * states)
+        du_rows, u_rows = du_total.view(-1, du.shape[-1]), u.view(-1, u.shape[-1])
+        grads["x_proj_weight"] = dx_dbl.t() @ u_rows
+        du_rows.addmm_(dx_dbl, p.x_proj_weight.to(torch.float32))
+        _, grads["conv_weight"], grads["conv_bias"], _ = conv.backward(
+            du_total, x, p.conv_weight, p.conv_bias, None, silu=True, reverse=p.reverse, dx=dx, accumulate=index > 0
+        )
+        all_grads.append(grads)
+    return dxz, all_grads
