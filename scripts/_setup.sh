@@ -16,6 +16,10 @@ install_project() {
     echo "== installing requirements.txt (PyTorch with CUDA is a download of several GB the first time)"
     .venv/bin/python -m pip install --quiet --progress-bar on -r requirements.txt
     echo "== installing vision-mamba, compiling its native kernels"
-    .venv/bin/python -m pip install --quiet ".${1:+[$1]}"
-    .venv/bin/python -c 'from causal_conv1d_vim.native import describe; print("native kernels:", describe())'
+    .venv/bin/python -m pip install --quiet -e ".${1:+[$1]}"
+    .venv/bin/python - <<'PYTHON'
+from mamba_ssm_vim.native import library
+
+print("CPU kernels:", library.instruction_set or f"none, {library.reason}")
+PYTHON
 }

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
-_logger = logging.getLogger("vision_mamba")
+_logger = logging.getLogger("vision_mamba.backend")
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("vim_backend", default=None)
 _said: set[tuple[str, str, str]] = set()
 
@@ -69,17 +69,22 @@ def choose(op: str, reasons: dict[str, Callable[[], str | None]]) -> str:
                 f"backend {name!r} is forced but cannot run {op}: {reason}; unset VIM_BACKEND to choose automatically"
             )
         return name
+    declined = []
     for name in BACKENDS:
         if name not in reasons:
             continue
         reason = reasons[name]()
         if reason is None:
+            # The reference is orders of magnitude slower: whoever ends up there should know why.
+            level = logging.WARNING if name == "reference" else logging.INFO
+            for other, why in declined:
+                _say_once(level, op, other, why)
             return name
-        _say_once(op, name, reason)
+        declined.append((name, reason))
     raise BackendError(f"no backend can run {op}")
 
 
-def _say_once(op: str, name: str, reason: str) -> None:
+def _say_once(level: int, op: str, name: str, reason: str) -> None:
     if (op, name, reason) not in _said:
         _said.add((op, name, reason))
-        _logger.info("%s: backend %s declines: %s", op, name, reason)
+        _logger.log(level, "%s: backend %s declines: %s", op, name, reason)

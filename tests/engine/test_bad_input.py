@@ -95,7 +95,7 @@ def test_checkpoints(refused, tree, tmp_path):
     refused(*run, tmp_path / "pickle.pth", words="could run code")
     torch.save([1, 2], tmp_path / "list.pth")
     refused(*run, tmp_path / "list.pth", words="expected a dictionary")
-    refused(*run, _checkpoint(tmp_path, 5), words="head.weight (5, 96) instead of (3, 96)")
+    refused(*run, _checkpoint(tmp_path, 5), words="head.weight (5, 64) instead of (3, 64)")
     refused(*run, _checkpoint(tmp_path, 3, depth=4), words="missing: layers.4.")
 
 

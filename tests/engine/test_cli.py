@@ -66,7 +66,7 @@ def test_finetune_to_finer_patches_and_another_head(trained, tree, run_main, tmp
         "--data-path", two, "--output_dir", tmp_path / "out", "--epochs", "1",
     )  # fmt: skip
     assert "starts afresh" in done.stderr
-    assert weights(tmp_path / "out" / "checkpoint.pth")["pos_embed"].shape == (1, 226, 96)
+    assert weights(tmp_path / "out" / "checkpoint.pth")["pos_embed"].shape == (1, 226, 64)
 
 
 def test_config_replays_a_run(trained, run_main, tmp_path):

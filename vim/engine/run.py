@@ -41,6 +41,8 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     # timm and PIL speak at this level about matters of their own.
     logging.getLogger("timm").setLevel(logging.WARNING)
+    # Which backend declined is worth a line only where the slow reference serves instead.
+    logging.getLogger("vision_mamba.backend").setLevel(logging.WARNING)
     try:
         run(argv)
     except UserError as error:

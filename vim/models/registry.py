@@ -147,7 +147,7 @@ def vim_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba
 
 
 _NANO: dict[str, Any] = {
-    "img_size": 32, "patch_size": 4, "depth": 6, "embed_dim": 96, "drop_path_rate": 0.0, "num_classes": 10
+    "img_size": 32, "patch_size": 4, "depth": 6, "embed_dim": 64, "drop_path_rate": 0.0, "num_classes": 10
 }  # fmt: skip
 
 
