@@ -198,7 +198,7 @@ class VisionMamba(nn.Module):
         self.rope = RotaryEmbedding2d(embed_dim, self.patch_embed.grid_size, pt_hw_seq_len) if if_rope else None
 
         norm_layer: Callable[..., nn.Module] = partial(RMSNorm if rms_norm else nn.LayerNorm, eps=norm_epsilon)
-        rates = [0.0, *torch.linspace(0, drop_path_rate, depth).tolist()]
+        rates = [0.0, *(drop_path_rate * i / max(depth - 1, 1) for i in range(depth))]
         self.layers = nn.ModuleList(
             Block(
                 embed_dim,

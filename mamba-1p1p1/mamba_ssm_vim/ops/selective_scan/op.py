@@ -90,7 +90,9 @@ class _SelectiveScan(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout, dlast_state):
         forbid_double_backward("selective_scan")
-        inputs, saved = ctx.saved_tensors[:9], list(ctx.saved_tensors[9:])
+        # Read once: recomputed activations (gradient checkpointing) are handed out a single time.
+        tensors = ctx.saved_tensors
+        inputs, saved = tensors[:9], list(tensors[9:])
         if dout is None:
             dout = torch.zeros_like(inputs[0])
         grads = ctx.backend.backward(

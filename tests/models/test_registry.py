@@ -1,0 +1,214 @@
+"""Every registered model: size, names, and timm's contract on small images."""
+
+import argparse
+
+import pytest
+import timm
+import torch
+
+import vim
+from vim.models import CheckpointError, extract_state_dict, load_checkpoint, load_into
+from vim.models.pos_embed import class_positions, resample_pos_embed, split_class_tokens
+
+# FACTS of the paper and the published files.
+PARAMETERS = {
+    "vim_tiny_patch16_224": 7_148_008,
+    "vim_tiny_patch16_stride8_224": 7_250_344,
+    "vim_small_patch16_224": 25_796_584,
+    "vim_small_patch16_stride8_224": 26_001_256,
+    "vim_base_patch16_224": 97_598_440,
+}
+NAMES = timm.list_models("vim_*")
+
+
+@pytest.fixture(scope="module")
+def nano():
+    return timm.create_model("vim_nano_patch4_32").eval()
+
+
+def test_all_names_are_registered():
+    assert len([n for n in NAMES if "nano" not in n]) == 10
+    for short in PARAMETERS:
+        assert any(n.startswith(short + "_bimambav2") for n in NAMES)
+
+
+@pytest.mark.parametrize(("name", "count"), PARAMETERS.items())
+def test_parameter_counts(name, count):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    assert sum(p.numel() for p in model.parameters()) == count
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_contract(name):
+    """The interface that timm's own tests ask of every model, on a shallow copy of each."""
+    size = 32 if "nano" in name else 64
+    model = timm.create_model(name, depth=4, img_size=size, num_classes=7, drop_path_rate=0.1).eval()
+    x = torch.randn(2, 3, size, size)
+    features = model.forward_features(x)
+    assert torch.equal(model.forward_head(features), model(x))
+    assert model.forward_head(features, pre_logits=True).shape == (2, model.num_features)
+    assert timm.get_pretrained_cfg(name).first_conv == "patch_embed.proj"
+    assert timm.get_pretrained_cfg(name).classifier == "head"
+    grid = model.patch_embed.grid_size
+    final, maps = model.forward_intermediates(x, indices=[1, 3], norm=True)
+    assert [m.shape for m in maps] == [(2, model.embed_dim, *grid)] * 2
+    torch.testing.assert_close(final, features)
+    positions = class_positions(model.class_token, grid[0] * grid[1])
+    torch.testing.assert_close(maps[1].flatten(2).transpose(1, 2), split_class_tokens(features, positions)[1])
+    tokens = model.forward_intermediates(
+        x, 1, output_fmt="NLC", stop_early=True, intermediates_only=True, return_prefix_tokens=True
+    )
+    assert tokens[0][0].shape == (2, grid[0] * grid[1], model.embed_dim)
+    assert tokens[0][1].shape == (2, 1, model.embed_dim)
+    model.set_grad_checkpointing()
+    model.train()(x).sum().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+    model.reset_classifier(0)
+    assert model.eval()(x).shape == (2, model.num_features)
+    model.reset_classifier(3, "avg")
+    assert model(x).shape == (2, 3)
+    assert model.prune_intermediate_layers([0, 1]) == [0, 1]
+    assert len(model.layers) == 2
+
+
+def test_features_only():
+    model = timm.create_model("vim_nano_patch4_32", features_only=True, out_indices=(1, 3, 5))
+    maps = model(torch.randn(1, 3, 32, 32))
+    assert [tuple(m.shape) for m in maps] == [(1, 64, 8, 8)] * 3
+    assert model.feature_info.reduction() == [4, 4, 4]
+
+
+def test_in_chans_and_img_size():
+    model = timm.create_model("vim_nano_patch4_32", in_chans=1, img_size=(28, 40), num_classes=2)
+    assert model(torch.randn(1, 1, 28, 40)).shape == (1, 2)
+
+
+def test_dynamic_size_agrees_with_set_input_size(nano):
+    x = torch.randn(1, 3, 24, 48)
+    dynamic = timm.create_model("vim_nano_patch4_32", dynamic_img_size=True).eval()
+    dynamic.load_state_dict(nano.state_dict())
+    resized = timm.create_model("vim_nano_patch4_32").eval()
+    resized.load_state_dict(nano.state_dict())
+    resized.set_input_size((24, 48))
+    torch.testing.assert_close(dynamic(x), resized(x))
+
+
+def test_rotary_model_at_another_grid():
+    options = {
+        "img_size": 32, "patch_size": 4, "stride": 4, "depth": 2, "embed_dim": 32, "if_rope": True,
+        "if_rope_residual": True, "rms_norm": True, "bimamba_type": "v2", "final_pool_type": "mean", "num_classes": 3,
+    }  # fmt: skip
+    model = vim.VisionMamba(**options, dynamic_img_size=True).eval()
+    x = torch.randn(1, 3, 16, 40)
+    expected = model(x)
+    model.set_input_size((16, 40))
+    torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("class_token", ["none", "head", "middle", "double"])
+def test_class_rows_stay_themselves(class_token):
+    """On another grid the class rows move to their new places with their values; on the same nothing changes."""
+    count = len(class_positions(class_token, 196))
+    pos_embed = torch.randn(1, 196 + count, 8)
+    assert torch.equal(resample_pos_embed(pos_embed, (14, 14), class_token=class_token), pos_embed)
+    for grid in ((27, 27), (24, 24), (14, 28)):
+        new = resample_pos_embed(pos_embed, grid, class_token=class_token)
+        assert new.shape == (1, grid[0] * grid[1] + count, 8)
+        before, _ = split_class_tokens(pos_embed, class_positions(class_token, 196))
+        after, patches = split_class_tokens(new, class_positions(class_token, grid[0] * grid[1]))
+        assert torch.equal(before, after)
+        assert torch.isfinite(patches).all()
+
+
+def test_stride8_from_stride16(nano):
+    fine = timm.create_model("vim_nano_patch4_stride2_32")
+    load_into(fine, nano.state_dict())
+    assert torch.equal(fine.pos_embed[:, 225 // 2], nano.pos_embed[:, 32])
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    ({"if_rope_residual": True}, "if_rope"),
+    ({"if_bidirectional": True, "depth": 3}, "even"),
+    ({"if_bidirectional": True, "depth": 4, "bimamba_type": "v2"}, "if_bidirectional"),
+    ({"final_pool_type": "median"}, "final_pool_type"),
+    ({"global_pool": "token"}, "class token"),
+    ({"global_pool": "median"}, "global_pool"),
+    ({"bimamba_type": "v3"}, "bimamba_type"),
+    ({"img_size": 7}, "patch size"),
+])  # fmt: skip
+def test_impossible_arguments(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        vim.VisionMamba(**{"depth": 2, "embed_dim": 16, "img_size": 32, **arguments})
+
+
+def test_misuse_is_named(nano):
+    with pytest.raises(TypeError, match="depht"):
+        vim.VisionMamba(depht=2)
+    with pytest.raises(ValueError, match="set_input_size"):
+        nano(torch.randn(1, 3, 48, 48))
+    with pytest.raises(ValueError, match="expected images"):
+        nano(torch.randn(1, 1, 32, 32))
+    with pytest.raises(ValueError, match="indices"):
+        nano.forward_intermediates(torch.randn(1, 3, 32, 32), indices=[9])
+    with pytest.raises(ValueError, match="output_fmt"):
+        nano.forward_intermediates(torch.randn(1, 3, 32, 32), output_fmt="NHWC")
+
+
+@pytest.mark.parametrize("form", ["published", "ema", "ddp", "plain", "safetensors"])
+def test_every_form_of_checkpoint_loads(form, nano, tmp_path):
+    import safetensors.torch
+
+    state = nano.state_dict()
+    path = tmp_path / ("weights.safetensors" if form == "safetensors" else "weights.pth")
+    content = {
+        "published": {"model": state, "optimizer": {}, "epoch": 299, "args": argparse.Namespace(lr=1e-3, model="x")},
+        "ema": {"model": {k: torch.zeros_like(v) for k, v in state.items()}, "model_ema": state},
+        "ddp": {"model": {f"module.{k}": v for k, v in state.items()}},
+        "plain": state,
+    }
+    if form == "safetensors":
+        safetensors.torch.save_file(state, path)
+    else:
+        torch.save(content[form], path)
+    model = timm.create_model("vim_nano_patch4_32").eval()
+    load_into(model, extract_state_dict(load_checkpoint(path), use_ema=form == "ema"))
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(model(x), nano(x))
+    if form == "published":
+        overlaid = timm.create_model(
+            "vim_nano_patch4_32", pretrained=True, pretrained_cfg_overlay={"file": str(path)}
+        ).eval()
+        assert torch.equal(overlaid(x), nano(x))
+
+
+def test_offline_names_the_file(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(CheckpointError, match=r"vim_t_midclstok_76p1acc\.pth"):
+        timm.create_model("vim_tiny_patch16_224", pretrained=True)
+
+
+def test_random_position_and_rank(nano):
+    x = torch.randn(2, 3, 32, 32)
+    torch.manual_seed(0)
+    assert nano(x, if_random_cls_token_position=True).shape == (2, 10)
+    assert nano(x, if_random_token_rank=True).shape == (2, 10)
+    assert not torch.equal(nano(x, if_random_token_rank=True), nano(x))
+
+
+def test_compile_and_export(nano):
+    x = torch.randn(2, 3, 32, 32)
+    compiled = torch.compile(nano, fullgraph=True, backend="aot_eager")
+    # The compiled graph runs the operators one by one where eager may fuse them: the same sums in another order.
+    torch.testing.assert_close(compiled(x), nano(x), rtol=1e-4, atol=1e-4)
+    compiled(x).sum().backward()
+    exported = torch.export.export(nano, (x,))
+    torch.testing.assert_close(exported.module()(x), nano(x), rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_autocast_is_close(nano):
+    x = torch.randn(2, 3, 32, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = nano(x)
+    # Six blocks of bfloat16 projections (2^-9 each) on logits of order 0.1 to 1.
+    torch.testing.assert_close(low.float(), nano(x), rtol=0.05, atol=0.05)
