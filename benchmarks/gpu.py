@@ -1,0 +1,593 @@
+"""Vision Mamba on a GPU in one command: are the kernels right, how fast are they, and how fast are the models.
+
+    python benchmarks/gpu.py [--only check,kernels,mixer,models,sweep] [--quick] [--out gpu-results]
+    TRITON_INTERPRET=1 python benchmarks/gpu.py --tiny        # on a CPU, to see that everything runs
+
+Writes results.csv (after every section) and sweep.png, and ends with a table. Times are medians of CUDA events; kernels
+and small batches are replayed from CUDA graphs. The floor of a kernel is the larger of its bytes over the bandwidth of
+a large copy and its special-function operations (exp2, log2, reciprocal) over their measured rate. A section that fails
+says so and the others go on. The exit status is 1 if a check failed.
+"""
+
+import argparse
+import contextlib
+import csv
+import functools
+import importlib
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from causal_conv1d_vim import triton_support
+from causal_conv1d_vim.backend import use_backend
+from causal_conv1d_vim.conv import backends as conv_backends
+from causal_conv1d_vim.conv import reference as conv_reference
+from mamba_ssm_vim.ops.mixer import Direction, mixer
+from mamba_ssm_vim.ops.norm import add_norm_ref
+from mamba_ssm_vim.ops.norm import backends as norm_backends
+from mamba_ssm_vim.ops.selective_scan import backends as scan_backends
+from mamba_ssm_vim.ops.selective_scan import reference as scan_reference
+
+N = 16
+SECTIONS = ("check", "kernels", "mixer", "models", "sweep")
+COLUMNS = ("section", "what", "backend", "dtype", "batch", "size", "ms", "images_s", "peak_gb", "of_floor", "note")
+LIMITS = {torch.float32: 2e-5, torch.bfloat16: 6e-3, torch.float16: 1e-3}
+RESOLUTIONS = (512, 640, 738, 1024, 1248)
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+class Bench:
+    """Device, results and clock of one run."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.gpu = self.device == "cuda"
+        self.rows: list[dict] = []
+        self.failures: list[str] = []
+        self.started = time.monotonic()
+        self.bandwidth = self.special_rate = None
+
+    def spare(self) -> bool:
+        """Whether time is left; what would start later is skipped, with a line."""
+        left = self.options.seconds - (time.monotonic() - self.started)
+        if left <= 0:
+            print("  skipped: the time given with --seconds is used up", flush=True)
+        return left > 0
+
+    def add(self, section: str, what: str, **values) -> None:
+        row = {"section": section, "what": what, **values}
+        self.rows.append(row)
+        print(
+            "  " + "  ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in list(row.values())[1:]), flush=True
+        )
+
+    def time(self, function: Callable, *, graph: bool, rounds: int = 7, repeats: int = 10) -> float:
+        """Median seconds of a call."""
+        if not self.gpu:
+            function()
+            start = time.perf_counter()
+            function()
+            return time.perf_counter() - start
+        function()
+        torch.cuda.synchronize()
+        run, count = function, 1
+        if graph:
+            try:
+                run, count = self._captured(function, repeats), repeats
+            except RuntimeError as error:
+                torch.cuda.synchronize()
+                print(f"  not captured in a graph: {str(error).splitlines()[0]}", flush=True)
+        run()
+        times = []
+        for _ in range(rounds):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1e3 / count)
+        return sorted(times)[len(times) // 2]
+
+    @staticmethod
+    def _captured(function: Callable, repeats: int) -> Callable:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            function()
+        torch.cuda.current_stream().wait_stream(stream)
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            for _ in range(repeats):
+                function()
+        return captured.replay
+
+    def floor(self, moved: float, special: float) -> float | None:
+        """Seconds below which a kernel cannot go."""
+        if self.bandwidth is None:
+            return None
+        return max(moved / self.bandwidth, special / self.special_rate)
+
+
+def describe(bench: Bench) -> None:
+    """Names and ceilings of the device: copy bandwidth, and the rate of exp2."""
+    triton_version = getattr(sys.modules.get("triton"), "__version__", "none")
+    print(f"torch {torch.__version__}, triton {triton_version}, device {bench.device}")
+    if not bench.gpu:
+        return
+    properties = torch.cuda.get_device_properties(0)
+    source = torch.randn(1 << 28, device="cuda")
+    target = torch.empty_like(source)
+    bench.bandwidth = 2 * source.nbytes / bench.time(functools.partial(target.copy_, source), graph=False)
+    clock = getattr(properties, "clock_rate", 1.98e6) * 1e3
+    # 16 special-function results per clock and multiprocessor from compute capability 7.5 on.
+    bench.special_rate = 16 * properties.multi_processor_count * clock
+    print(f"{properties.name}: {properties.multi_processor_count} multiprocessors at {clock / 1e9:.2f} GHz")
+    rates = f"{bench.bandwidth / 1e12:.2f} TB/s copied, {bench.special_rate / 1e12:.2f} T special functions/s"
+    print(rates, flush=True)
+
+
+def available(backends, *args) -> list:
+    """(name, module) of the compiled backends that can serve the tensors."""
+    found = []
+    for name in ("cuda", "triton"):
+        if name in backends.names:
+            with use_backend(name):
+                reason = backends.module(name).why_not(*args)
+            if reason is None:
+                found.append((name, backends.module(name)))
+            else:
+                print(f"  {backends.op}: no {name}: {reason}", flush=True)
+    return found
+
+
+def scan_inputs(device, batch, seqlen, dim, dstate, groups, dtype):
+    u, delta, z = torch.randn(batch, seqlen, 3 * dim, device=device).to(dtype).split(dim, -1)
+    rows = torch.randn(batch, seqlen, 5 + 2 * groups * dstate, device=device).to(dtype)
+    B, C = rows[..., 5:].unflatten(-1, (2, groups, dstate)).unbind(2)
+    A = -4 * torch.rand(dim, dstate, device=device) - 0.1
+    D, bias = torch.randn(dim, device=device), torch.randn(dim, device=device) - 3
+    return [u, delta, A, B, C, D, z, bias, torch.randn(batch, dim, dstate, device=device)]
+
+
+def directions(device, dim: int, rank: int, v1: bool = False) -> list[Direction]:
+    def normal(*shape: int) -> torch.Tensor:
+        return 0.2 * torch.randn(shape, device=device)
+
+    poles = -torch.arange(1.0, N + 1, device=device).repeat(dim, 1)
+    made = [
+        Direction(
+            normal(dim, 4), normal(dim), normal(rank + 2 * N, dim), normal(dim, rank), normal(dim) - 4, poles.clone(),
+            normal(dim), reverse=reverse, A_back=1.5 * poles if v1 else None,
+        )
+        for reverse in ((False,) if v1 else (False, True))
+    ]  # fmt: skip
+    for way in made:
+        for tensor in vars(way).values():
+            if isinstance(tensor, torch.Tensor):
+                tensor.requires_grad_()
+    return made
+
+
+def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual.double() - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+
+
+def judge(bench: Bench, what: str, actual, expected, limit: float) -> None:
+    """Compare tensor by tensor in the relative norm; NaN fails."""
+    for index, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        if e is not None and not error(a, e) <= limit:
+            bench.failures.append(f"{what}, tensor {index}: error {error(a, e):.1e}, limit {limit:.0e}")
+            print("  FAILED " + bench.failures[-1], flush=True)
+
+
+def same(bench: Bench, what: str, function: Callable) -> None:
+    """Two runs must agree bit for bit."""
+    pairs = zip(function(), function(), strict=True)
+    if not all(a is b or torch.equal(a, b) for a, b in pairs):
+        bench.failures.append(f"{what}: two runs differ")
+        print("  FAILED " + bench.failures[-1], flush=True)
+
+
+def check_scan(bench: Bench, name: str, module, shape, dtype, reverse: bool) -> None:
+    tensors = scan_inputs(bench.device, *shape, dtype)
+    flags = {"delta_softplus": True, "reverse": reverse, "out_scale": 0.5}
+    wide = [t.double() for t in tensors]
+    out, last, saved = module.forward(*tensors, **flags, save=True)
+    dout, dlast = torch.randn_like(out), torch.randn_like(last)
+    what = f"{name} scan {shape} {short(dtype)} reverse={reverse}"
+    judge(bench, what, (out, last), scan_reference.forward(*wide, **flags)[:2], LIMITS[dtype])
+    wanted = scan_reference.backward(dout.double(), dlast.double(), *wide, [], **flags)
+    again = functools.partial(module.backward, dout, dlast, *tensors, saved, **flags)
+    judge(bench, what + " gradient", again(), wanted, LIMITS[dtype])
+    same(bench, what, again)
+    added, _, _ = module.forward(*tensors, **flags, accumulate_into=out.clone())
+    judge(bench, what + " accumulated", [added], [2 * out.double()], LIMITS[dtype])
+
+
+def check_conv(bench: Bench, name: str, module, shape, dtype, reverse: bool) -> None:
+    batch, seqlen, dim, width = shape
+    x = torch.randn(batch, seqlen, 2 * dim, device=bench.device).to(dtype)[..., dim:]
+    tensors = [x, torch.randn(dim, width, device=bench.device), torch.randn(dim, device=bench.device),
+               torch.randn(batch, width - 1, dim, device=bench.device).to(dtype)]  # fmt: skip
+    flags = {"silu": True, "reverse": reverse}
+    wide = [t.double() for t in tensors]
+    dout = torch.randn(batch, seqlen, dim, device=bench.device).to(dtype)
+    what = f"{name} conv {shape} {short(dtype)} reverse={reverse}"
+    judge(bench, what, [module.forward(*tensors, **flags)], [conv_reference.forward(*wide, **flags)], LIMITS[dtype])
+    wanted = conv_reference.backward(dout.double(), *wide, **flags)
+    again = functools.partial(module.backward, dout, *tensors, **flags)
+    judge(bench, what + " gradient", again(), wanted, LIMITS[dtype])
+    same(bench, what, again)
+
+
+def check_norm(bench: Bench, name: str, module, shape, dtype, rms: bool) -> None:
+    x = torch.randn(shape, device=bench.device).to(dtype)
+    residual, weight = torch.randn(shape, device=bench.device), torch.randn(shape[-1], device=bench.device)
+    what = f"{name} norm {shape} {short(dtype)} rms={rms}"
+    y, total, mean, rstd = module.forward(x, residual, weight, None, eps=1e-5, rms=rms, residual_dtype=torch.float32)
+    wide = [t.double().requires_grad_() for t in (x, residual, weight)]
+    expected = add_norm_ref(*wide, eps=1e-5, rms=rms)
+    judge(bench, what, (y, total), expected, LIMITS[dtype])
+    dy, dtotal = torch.randn_like(y), torch.randn_like(total)
+    wanted = torch.autograd.grad(expected, wide, [dy.double(), dtotal.double()])
+    again = functools.partial(module.backward, dy, dtotal, total, weight, None, mean, rstd, rms=rms, x_dtype=dtype)
+    judge(bench, what + " gradient", again()[:3], wanted, LIMITS[dtype])
+    same(bench, what, again)
+
+
+def mixer_step(xz: torch.Tensor, ways: list[Direction], dout: torch.Tensor) -> list[torch.Tensor]:
+    """Output of the mixer, then the gradients of xz and of every parameter."""
+    leaves = [xz, *(t for way in ways for t in vars(way).values() if isinstance(t, torch.Tensor))]
+    out = mixer(xz, ways, scale=0.5)
+    return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+
+
+def check_mixer(bench: Bench, name: str, shape, dtype, v1: bool) -> None:
+    batch, seqlen, dim = shape
+    ways = directions(bench.device, dim, 12, v1)
+    xz = torch.randn(batch, seqlen, 2 * dim, device=bench.device).to(dtype).requires_grad_()
+    dout = torch.randn(batch, seqlen, dim, device=bench.device).to(dtype)
+    what = f"{name} mixer {shape} {short(dtype)} {'v1' if v1 else 'v2'}"
+    with use_backend("reference"):
+        # The projections round to dtype between the kernels; the reference rounds there too.
+        wanted = [t.double() for t in mixer_step(xz, ways, dout)]
+    limit = 1e-4 if dtype == torch.float32 else 8 * LIMITS[dtype]
+    with use_backend(name):
+        judge(bench, what, mixer_step(xz, ways, dout), wanted, limit)
+        if dtype != torch.float32 or not bench.gpu:
+            same(bench, what, lambda: mixer_step(xz, ways, dout))
+
+
+def check(bench: Bench) -> None:
+    """Every compiled kernel against the reference in float64."""
+    tiny, quick = bench.options.tiny, bench.options.quick
+    probe = scan_inputs(bench.device, 1, 2, 4, N, 1, torch.float32)
+    scans = (
+        [(1, 9, 20, N, 1)] if tiny else [(2, 37, 70, N, 1), (3, 197, 384, N, 1), (1, 5, 3, 8, 1), (1, 1100, 96, N, 2)]
+    )
+    scans += [] if tiny or quick else [(1, 40, 20, 32, 1), (1, 33, 20, 64, 1), (1, 1, 32, N, 1)]
+    convs = [(1, 9, 20, 4)] if tiny else [(2, 67, 10, 4), (1, 2, 7, 4), (2, 197, 384, 4), (1, 130, 258, 3)]
+    norms = [(3, 40)] if tiny else [(2, 197, 192), (5, 7, 384), (3, 768), (2, 1000)]
+    mixers = [(1, 7, 20)] if tiny else [(2, 197, 384), (1, 37, 70), (1, 1100, 96)]
+    dtypes = [torch.float32] if tiny else list(LIMITS)
+    jobs = [
+        *((check_scan, *m, s, d, r) for m in available(scan_backends, probe[0], *probe[2:5])
+          for s in scans for d in dtypes for r in (False, True)),
+        *((check_conv, *m, s, d, r) for m in available(conv_backends, probe[0])
+          for s in convs for d in dtypes for r in (False, True)),
+        *((check_norm, *m, s, d, r) for m in available(norm_backends, probe[0])
+          for s in norms for d in dtypes for r in (True, False)),
+        *((check_mixer, name, s, d, v1) for name, _ in available(scan_backends, probe[0], *probe[2:5])
+          for s in mixers for d in dtypes for v1 in (False, True)),
+    ]  # fmt: skip
+    done = 0
+    for function, *arguments in jobs:
+        if not bench.spare():
+            break
+        try:
+            function(bench, *arguments)
+        except Exception as problem:
+            what = " ".join(str(a) for a in arguments if not hasattr(a, "forward"))
+            bench.failures.append(f"{function.__name__} {what}: {type(problem).__name__}: {str(problem)[:300]}")
+            print("  FAILED " + bench.failures[-1], flush=True)
+        done += 1
+    bench.add("check", f"{done} of {len(jobs)} comparisons made, {len(bench.failures)} failures")
+
+
+def shapes(bench: Bench) -> dict[str, tuple[int, int, int, int]]:
+    """name → batch, tokens, inner channels, rank."""
+    if bench.options.tiny:
+        return {"tiny": (1, 9, 40, 4)}
+    made = {"Ti 224": (128, 197, 384, 12), "Ti 1248": (1, 6085, 384, 12)}
+    return made if bench.options.quick else made | {"S 224": (128, 197, 768, 24), "Ti 224 b1": (1, 197, 384, 12)}
+
+
+def kernels(bench: Bench) -> None:
+    """Scan, convolution and norm, each alone."""
+    for name, (batch, seqlen, dim, _) in shapes(bench).items():
+        for dtype in (
+            (torch.bfloat16,) if bench.options.quick or bench.options.tiny else (torch.bfloat16, torch.float32)
+        ):
+            if not bench.spare():
+                return
+            item, cells = dtype.itemsize, batch * seqlen * dim
+            tensors = scan_inputs(bench.device, batch, seqlen, dim, N, 1, dtype)
+            tensors[8] = None
+            x, dout = tensors[0], torch.randn(batch, seqlen, dim, device=bench.device).to(dtype)
+            weight, bias = torch.randn(dim, 4, device=bench.device), torch.randn(dim, device=bench.device)
+            half = dim // 2
+            h, residual = dout[..., :half].contiguous(), torch.randn(batch, seqlen, half, device=bench.device)
+            scale = torch.ones(half, device=bench.device)
+            common = {"batch": batch, "size": name, "dtype": short(dtype)}
+
+            def measure(what, backend, function, moved, special, common=common):
+                seconds = bench.time(function, graph=True)
+                floor = bench.floor(moved, special)
+                share = None if floor is None else floor / seconds
+                bench.add("kernels", what, backend=backend, **common, ms=seconds * 1e3, of_floor=share)
+
+            flags = {"delta_softplus": True, "reverse": False}
+            for backend, module in available(scan_backends, x, *tensors[2:5]):
+                for reverse in (False, True):
+                    flags = {"delta_softplus": True, "reverse": reverse}
+                    what = "scan forward" + " reverse" * reverse
+                    measure(
+                        what,
+                        backend,
+                        functools.partial(module.forward, *tensors, **flags),
+                        4 * cells * item,
+                        19 * cells,
+                    )
+                flags["reverse"] = False
+                saved = module.forward(*tensors, **flags, save=True)[2]
+                measure("scan backward", backend,
+                        functools.partial(module.backward, dout, None, *tensors, saved, **flags),
+                        7 * cells * item, 22 * cells)  # fmt: skip
+            flags = {"silu": True, "reverse": False}
+            for backend, module in available(conv_backends, x):
+                args = (x, weight, bias, None)
+                measure(
+                    "conv forward",
+                    backend,
+                    functools.partial(module.forward, *args, **flags),
+                    2 * cells * item,
+                    2 * cells,
+                )
+                measure("conv backward", backend, functools.partial(module.backward, dout, *args, **flags),
+                        3 * cells * item, 2 * cells)  # fmt: skip
+            for backend, module in available(norm_backends, h):
+                forward = functools.partial(
+                    module.forward, h, residual, scale, None, eps=1e-5, rms=True, residual_dtype=torch.float32
+                )
+                _, total, mean, rstd = forward()
+                backward = functools.partial(
+                    module.backward, h, residual, total, scale, None, mean, rstd, rms=True, x_dtype=dtype
+                )
+                measure("norm forward", backend, forward, cells // 2 * (2 * item + 8), 0)
+                measure("norm backward", backend, backward, cells // 2 * (2 * item + 12), 0)
+    original(bench)
+
+
+def original(bench: Bench) -> None:
+    """The scan of an importable `mamba_ssm`, if there is one that is not this project's."""
+    try:
+        theirs = importlib.import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
+    except Exception as problem:
+        print(f"  no mamba_ssm to compare with: {problem}", flush=True)
+        return
+    for name, (batch, seqlen, dim, _) in shapes(bench).items():
+        u, delta, A, B, C, D, z, bias, _ = scan_inputs(bench.device, batch, seqlen, dim, N, 1, torch.bfloat16)
+        u, delta, z, B, C = (t.squeeze(2).transpose(1, 2).contiguous().requires_grad_() for t in (u, delta, z, B, C))
+        common = {"backend": "mamba_ssm", "dtype": "bfloat16", "batch": batch, "size": name}
+        run = functools.partial(theirs, u, delta, A, B, C, D, z=z, delta_bias=bias, delta_softplus=True)
+        with torch.no_grad():
+            bench.add("kernels", "scan forward", **common, ms=bench.time(run, graph=True) * 1e3)
+        out = run()
+        dout = torch.randn_like(out)
+        grads = functools.partial(torch.autograd.grad, out, (u, delta, z, B, C), dout, retain_graph=True)
+        bench.add("kernels", "scan backward", **common, ms=bench.time(grads, graph=False) * 1e3)
+
+
+def mixers(bench: Bench) -> None:
+    """The bidirectional mixer, forward and forward with backward."""
+    for name, (batch, seqlen, dim, rank) in shapes(bench).items():
+        dtype = torch.bfloat16
+        xz = torch.randn(batch, seqlen, 2 * dim, device=bench.device).to(dtype).requires_grad_()
+        dout = torch.randn(batch, seqlen, dim, device=bench.device).to(dtype)
+        ways = directions(bench.device, dim, rank)
+        probe = scan_inputs(bench.device, 1, 2, 4, N, 1, dtype)
+        for backend, _ in available(scan_backends, probe[0], *probe[2:5]):
+            if not bench.spare():
+                return
+            with use_backend(backend):
+                cells = batch * seqlen * dim
+                with torch.no_grad():
+                    seconds = bench.time(functools.partial(mixer, xz, ways, scale=0.5), graph=True)
+                floor = bench.floor(3 * cells * dtype.itemsize, 40 * cells)
+                common = {"backend": backend, "dtype": short(dtype), "batch": batch, "size": name}
+                share = None if floor is None else floor / seconds
+                bench.add("mixer", "mixer forward", **common, ms=seconds * 1e3, of_floor=share)
+                seconds = bench.time(functools.partial(mixer_step, xz, ways, dout), graph=False)
+                bench.add("mixer", "mixer forward and backward", **common, ms=seconds * 1e3)
+
+
+def make_model(bench: Bench, name: str, resolution: int, *, plain_attention: bool = False) -> torch.nn.Module:
+    import timm
+
+    import vim.models  # noqa: F401 - registers the models
+
+    torch.manual_seed(0)
+    model = timm.create_model(name, img_size=resolution).to(bench.device)
+    if plain_attention:
+        for block in model.blocks:
+            block.attn.fused_attn = False
+    return model
+
+
+def run_model(bench: Bench, section: str, what: str, model, batch, size, dtype, *, train=False, backend=None) -> None:
+    """One row: forward, or forward, backward and gradient reset; graph replays for batches up to 8 forward."""
+    images = torch.randn(batch, 3, size, size, device=bench.device)
+    narrow = torch.autocast(bench.device, dtype=dtype, enabled=dtype != torch.float32)
+    model.train(train)
+
+    def forward():
+        with torch.no_grad(), narrow:
+            return model(images)
+
+    def step():
+        with narrow:
+            loss = F.cross_entropy(model(images).float(), labels)
+        loss.backward()
+        for p in model.parameters():
+            p.grad = None
+
+    labels = torch.randint(10, (batch,), device=bench.device)
+    graph = not train and batch <= 8
+    row = {"backend": backend or "auto", "dtype": short(dtype), "batch": batch, "size": size}
+    note = {"note": "graph replay"} if graph and bench.gpu else {}
+    try:
+        if bench.gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        with use_backend(backend) if backend else contextlib.nullcontext():
+            seconds = bench.time(step if train else forward, graph=graph, rounds=5, repeats=3)
+        memory = torch.cuda.max_memory_allocated() / 1e9 if bench.gpu else None
+        bench.add(section, what, **row, ms=seconds * 1e3, images_s=batch / seconds, peak_gb=memory, **note)
+    except torch.cuda.OutOfMemoryError:
+        bench.add(section, what, **row, note="out of memory")
+        torch.cuda.empty_cache()
+
+
+def models(bench: Bench) -> None:
+    """Vim-Ti and Vim-S at 224 pixels, inference and training step, and small batches from graphs."""
+    tiny, quick = bench.options.tiny, bench.options.quick
+    names = {"vim_nano_patch4_32": 32} if tiny else {"vim_tiny_patch16_224": 224, "vim_small_patch16_224": 224}
+    for name, size in names.items():
+        model = make_model(bench, name, size)
+        for train in (False, True):
+            for dtype in (torch.float32,) if tiny else (torch.bfloat16, torch.float32):
+                if not bench.spare():
+                    return
+                what = name + (" training step" if train else " inference")
+                run_model(bench, "models", what, model, 1 if tiny else 128, size, dtype, train=train)
+        for batch in () if tiny or quick else (1, 8):
+            run_model(bench, "models", name + " inference", model, batch, size, torch.bfloat16)
+        if bench.gpu and not quick:
+            run_model(bench, "models", name + " inference", model, 128, size, torch.bfloat16, backend="triton")
+            run_model(
+                bench, "models", name + " training step", model, 128, size, torch.bfloat16, train=True, backend="triton"
+            )
+        del model
+
+
+def sweep(bench: Bench) -> None:
+    """Vim-Ti against DeiT-Ti by resolution, as in figure 1 of arXiv 2401.09417."""
+    tiny = bench.options.tiny
+    sizes = (64, 96) if tiny else RESOLUTIONS[:: 2 if bench.options.quick else 1]
+    batch = 1 if tiny else bench.options.sweep_batch
+    dtype = torch.float32 if tiny else torch.bfloat16
+    vim_name = "vim_nano_patch4_32" if tiny else "vim_tiny_patch16_224"
+    for size in sizes:
+        for label, name, plain in (
+            ("Vim-Ti", vim_name, False),
+            ("DeiT-Ti, SDPA", "deit_tiny_patch16_224", False),
+            ("DeiT-Ti, plain attention", "deit_tiny_patch16_224", True),
+        ):
+            if not bench.spare():
+                return
+            model = make_model(bench, name, 32 if tiny and name == vim_name else size, plain_attention=plain)
+            run_model(bench, "sweep", label, model, batch, 32 if tiny and name == vim_name else size, dtype)
+            del model
+    draw(bench, batch)
+
+
+def draw(bench: Bench, batch: int) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (speed, memory) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for label in dict.fromkeys(row["what"] for row in bench.rows if row["section"] == "sweep"):
+        rows = [r for r in bench.rows if r["section"] == "sweep" and r["what"] == label and r.get("ms")]
+        speed.plot([r["size"] for r in rows], [r["images_s"] for r in rows], marker="o", label=label)
+        if bench.gpu:
+            memory.plot([r["size"] for r in rows], [r["peak_gb"] for r in rows], marker="o", label=label)
+    speed.set(xlabel="resolution (pixels)", ylabel="images per second", yscale="log")
+    memory.set(xlabel="resolution (pixels)", ylabel="peak memory (GB)")
+    speed.legend()
+    device = torch.cuda.get_device_name() if bench.gpu else "CPU"
+    figure.suptitle(f"Inference on {device}, batch {batch}")
+    figure.savefig(bench.options.out / "sweep.png", dpi=150)
+    pyplot.close(figure)
+
+
+def write(bench: Bench) -> None:
+    with open(bench.options.out / "results.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=COLUMNS)
+        writer.writeheader()
+        writer.writerows(bench.rows)
+
+
+def table(bench: Bench) -> None:
+    header = f"{'what':36} {'backend':9} {'dtype':8} {'batch':>5} {'size':>9}"
+    print(f"\n{header} {'ms':>9} {'img/s':>8} {'GB':>6} {'/floor':>6}")
+    for row in bench.rows:
+        r = SimpleNamespace(**{c: row.get(c) for c in COLUMNS})
+        number = lambda value, form: "" if value is None else format(value, form)  # noqa: E731
+        print(
+            f"{r.what[:36]:36} {r.backend or '':9} {r.dtype or '':8} {number(r.batch, 'd'):>5} {r.size or '':>9} "
+            f"{number(r.ms, '.3f'):>9} {number(r.images_s, '.0f'):>8} {number(r.peak_gb, '.2f'):>6} "
+            f"{number(r.of_floor, '.2f'):>6} {r.note or ''}"
+        )
+    print("\n".join(bench.failures) or "no failures")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default=",".join(SECTIONS), help=f"sections, of {', '.join(SECTIONS)}")
+    parser.add_argument("--quick", action="store_true", help="fewer shapes, dtypes and resolutions")
+    parser.add_argument("--tiny", action="store_true", help="sizes for a CPU with TRITON_INTERPRET=1")
+    parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder for results.csv and sweep.png")
+    parser.add_argument("--seconds", type=float, default=330, help="start nothing new after this time")
+    parser.add_argument("--sweep-batch", type=int, default=32, help="images per batch of the sweep")
+    options = parser.parse_args(argv)
+    wanted = options.only.split(",")
+    if unknown := set(wanted) - set(SECTIONS):
+        parser.error(f"--only has {', '.join(sorted(unknown))}; the sections are {', '.join(SECTIONS)}")
+    bench = Bench(options)
+    if not bench.gpu and not (options.tiny and triton_support.interpreting()):
+        parser.error("there is no GPU; to try this on a CPU run TRITON_INTERPRET=1 python benchmarks/gpu.py --tiny")
+    options.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    triton_support.interpreting()
+    describe(bench)
+    for name, section in zip(SECTIONS, (check, kernels, mixers, models, sweep), strict=True):
+        if name not in wanted or not bench.spare():
+            continue
+        print(f"{name}: {section.__doc__}", flush=True)
+        start = time.monotonic()
+        try:
+            section(bench)
+        except Exception:
+            bench.failures.append(f"section {name}: {traceback.format_exc(limit=1).splitlines()[-1]}")
+            traceback.print_exc(file=sys.stdout)
+        print(f"  {name} took {time.monotonic() - start:.0f} s", flush=True)
+        write(bench)
+        if bench.gpu:
+            torch.cuda.empty_cache()
+    table(bench)
+    return 1 if bench.failures else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
