@@ -1,7 +1,13 @@
 """The native selective scan against the float64 reference."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from causal_conv1d_vim.native import INSTRUCTION_SETS
 from mamba_ssm_vim.ops.selective_scan import cpu, reference
 
 pytestmark = pytest.mark.skipif(cpu.library.reason is not None, reason=str(cpu.library.reason))
@@ -173,3 +179,26 @@ def test_empty(shape):
 def test_complex_is_declined():
     A = torch.randn(4, 2, dtype=torch.complex64)
     assert "complex" in cpu.why_not(torch.randn(1, 2, 4), A, A, A)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS[: INSTRUCTION_SETS.index(cpu.library.instruction_set or "baseline")])
+def test_lower_instruction_sets_pass_these_tests(isa):
+    tests = [str(Path(__file__).with_name(f"test_native_{op}.py")) for op in ("scan", "norm", "mixer")]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--import-mode=importlib", "-q", "-k", "reference or half", *tests],
+        env={**os.environ, "VIM_CPU_ISA": isa}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_huge_strides():
+    """u's batch items lie 2^31 + 64 elements apart, in memory of which few pages are touched."""
+    inputs = make(2, 5, 16, 4, 1, torch.bfloat16)
+    apart = 2**31 + 64
+    far = torch.empty(apart + 5 * 16, dtype=torch.bfloat16).as_strided((2, 5, 16), (apart, 16, 1))
+    far.copy_(inputs["u"])
+    args = [inputs[k] for k in NAMES]
+    flags = {"delta_softplus": True, "reverse": True}
+    near = cpu.forward(*args, **flags)[0]
+    assert torch.equal(cpu.forward(far, *args[1:], **flags)[0], near)

@@ -1,0 +1,80 @@
+"""Loading of the native library, the forced instruction sets, and indexing beyond 2^31 elements."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from causal_conv1d_vim import native
+from causal_conv1d_vim.conv import cpu
+
+needs_library = pytest.mark.skipif(cpu.library.reason is not None, reason=str(cpu.library.reason))
+BEST = cpu.library.instruction_set or "baseline"
+ROOT = Path(__file__).parents[2]
+
+
+def test_missing_library_says_how_to_build_it(tmp_path):
+    library = native.Library("vim_conv", [str(tmp_path)])
+    assert "scripts/build_native.sh" in library.reason
+    with pytest.raises(RuntimeError, match="was not built"):
+        library.function("vim_conv_forward")(b"")
+
+
+def test_broken_library_is_a_reason_and_not_a_crash(tmp_path):
+    (tmp_path / "_native").mkdir()
+    (tmp_path / "_native" / "libvim_conv.so").write_bytes(b"not a library")
+    (tmp_path / "_native" / "libvim_conv.dylib").write_bytes(b"not a library")
+    assert "does not load" in native.Library("vim_conv", [str(tmp_path)]).reason
+
+
+def run_with(isa: str, code: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "VIM_CPU_ISA": isa}, capture_output=True, text=True
+    )
+
+
+@needs_library
+@pytest.mark.parametrize("isa", native.INSTRUCTION_SETS[: native.INSTRUCTION_SETS.index(BEST) + 1])
+def test_lower_instruction_set_can_be_forced(isa):
+    code = (
+        "import torch; from causal_conv1d_vim.conv import cpu, reference as r; torch.manual_seed(0);"
+        "x, w = torch.randn(2, 40, 37), torch.randn(37, 4); k = dict(silu=True, reverse=True);"
+        "ours, exact = cpu.forward(x, w, None, None, **k), r.forward(x, w, None, None, **k);"
+        "assert (ours - exact).abs().max() < 1e-5; print(cpu.library.instruction_set)"
+    )
+    done = run_with(isa, code)
+    assert done.stdout.strip() == isa, done.stderr
+
+
+@needs_library
+def test_unknown_or_absent_instruction_set_is_named():
+    code = "from causal_conv1d_vim.conv import cpu; print(cpu.library.reason)"
+    assert "VIM_CPU_ISA is 'sse9'" in run_with("sse9", code).stdout
+    if cpu.library.instruction_set != "avx512":
+        assert "this machine does not have it" in run_with("avx512", code).stdout
+
+
+@needs_library
+def test_strides_beyond_2_31_elements():
+    """Two batch items 2^31 + 64 elements apart in one lazily backed allocation, of which few pages are touched."""
+    apart = 2**31 + 64
+    memory = torch.empty(apart + 4 * 32, dtype=torch.bfloat16)
+    x = memory.as_strided((2, 4, 32), (apart, 32, 1))
+    x.copy_(torch.randn(2, 4, 32))
+    weight = torch.randn(32, 3)
+    far = cpu.forward(x, weight, None, None, silu=True, reverse=False)
+    near = cpu.forward(x.contiguous(), weight, None, None, silu=True, reverse=False)
+    assert torch.equal(far, near)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_operators_under_address_and_undefined_behaviour_sanitizers():
+    done = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "test_sanitizers.sh")],
+        env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
