@@ -113,8 +113,6 @@ class _Launch:
     def states(self, enter: torch.Tensor | None, *, save: bool, local: bool) -> tuple[torch.Tensor, ...]:
         """Run `scan_states`: (boundaries, local state, local dt), those not asked for empty."""
         p = self.plan
-        # Boundaries are for the gradient kernel, one per tile of its own.
-        flags = {**self.flags, "K": p.grad_tile} if save else self.flags
         tiles = math.ceil(self.seqlen / p.grad_tile)
         boundaries = self.empty(self.batch, tiles, self.dstate, self.dim) if save else self.empty(0)
         state = self.empty(self.batch, p.chunks, self.dstate, self.dim) if local else self.empty(0)
@@ -122,7 +120,7 @@ class _Launch:
         self.kernels.scan_states[self.grid](
             self.u, self.delta, self.A, self.B, self.bias, enter, boundaries, state, dt,
             *_strides(self.u, 2), *_strides(self.delta, 2), *_strides(self.B, 3), *self.sizes,
-            HAS_ENTER=enter is not None, SAVE=save, LOCAL=local, **flags,
+            HAS_ENTER=enter is not None, SAVE=save, LOCAL=local, SAVE_TILE=p.grad_tile, **self.flags,
         )  # fmt: skip
         return boundaries, state, dt
 

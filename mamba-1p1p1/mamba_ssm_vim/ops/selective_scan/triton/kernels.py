@@ -74,10 +74,11 @@ def scan_states(
     u_b, u_t, delta_b, delta_t, B_b, B_t, B_g,
     seqlen, dim, dstate, groups, chunk_len, chunks,
     HAS_BIAS: tl.constexpr, HAS_ENTER: tl.constexpr, SAVE: tl.constexpr, LOCAL: tl.constexpr,
-    SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, K: tl.constexpr, N: tl.constexpr, BLOCK_E: tl.constexpr,
+    SAVE_TILE: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
+    K: tl.constexpr, N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """States only. SAVE: the state on entering each tile → boundaries (B, tiles, N, E). LOCAL: the state at the end of
-    the chunk → local_state (B, chunks, N, E), and the chunk's summed step → local_dt (B, chunks, E)."""
+    """States only. SAVE: the state on entering every SAVE_TILE tokens → boundaries (B, tiles, N, E). LOCAL: the state
+    at the end of the chunk → local_state (B, chunks, N, E), and the chunk's summed step → local_dt (B, chunks, E)."""
     chunk = tl.program_id(1)
     batch, _block, group, e, e_mask = _channels(dim, groups, BLOCK_E)
     n = tl.arange(0, N)
@@ -95,10 +96,11 @@ def scan_states(
     total = tl.zeros((BLOCK_E,), tl.float32)
     first = chunk * chunk_len
     last = tl.minimum(first + chunk_len, seqlen)
-    tiles = tl.cdiv(seqlen, K)
+    tiles = tl.cdiv(seqlen, SAVE_TILE)
     for s0 in range(first, last, K):
         if SAVE:
-            tl.store(boundaries + (batch * tiles + s0 // K) * dstate * dim + ne, h, mask=ne_mask)
+            at = boundaries + (batch * tiles + s0 // SAVE_TILE) * dstate * dim + ne
+            tl.store(at, h, mask=ne_mask & (s0 % SAVE_TILE == 0))
         s = s0 + k
         t = (seqlen - 1 - s if REVERSE else s).to(tl.int64)
         s_mask = s < last
