@@ -7,6 +7,7 @@ its headers, and safe from several threads because every call has its own struct
 
 import ctypes
 import functools
+import logging
 import os
 import re
 import sys
@@ -15,9 +16,12 @@ from pathlib import Path
 
 import torch
 
+from causal_conv1d_vim.backend import BackendError
+
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 
+_logger = logging.getLogger("vision_mamba")
 _SUFFIXES = (".dylib", ".so") if sys.platform == "darwin" else (".so",)
 
 
@@ -27,6 +31,9 @@ class Library:
     Attributes:
         reason: None, or why the library cannot be used, in one clause.
         instruction_set: the one that runs here: "baseline", "avx2" or "avx512"; "" without a library.
+
+    Raises:
+        BackendError: VIM_CPU_ISA forces an instruction set that is unknown or that this machine lacks.
     """
 
     def __init__(self, name: str, package_path: Iterable[str]) -> None:
@@ -42,19 +49,20 @@ class Library:
                 "the native CPU library was not built; install again with a C++ compiler, "
                 "or run scripts/build_native.sh in the source tree"
             )
+            _logger.warning("%s: %s; the slow reference backend serves on CPUs", name, self.reason)
             return
         try:
             library = ctypes.CDLL(str(found[0]))
         except OSError as error:
             self.reason = f"the native CPU library does not load: {error}"
+            _logger.warning("%s: %s; the slow reference backend serves on CPUs", name, self.reason)
             return
         library.vim_isa.restype = ctypes.c_int64
         chosen = library.vim_isa()
         if chosen < 0:
             wanted = os.environ.get("VIM_CPU_ISA")
             problem = "this machine does not have it" if chosen == -1 else "it is none of baseline, avx2, avx512"
-            self.reason = f"VIM_CPU_ISA is {wanted!r}, but {problem}"
-            return
+            raise BackendError(f"VIM_CPU_ISA is {wanted!r}, but {problem}; unset it to choose automatically")
         self.instruction_set = INSTRUCTION_SETS[chosen]
         if (parallel := _gomp_parallel()) is not None:
             library.vim_use_openmp.argtypes = [ctypes.c_void_p]

@@ -18,14 +18,3 @@ struct ConvArgs {
   float *dinitial;             // the same, or null
   float *dweight, *dbias;      // (E, W), (E) or null
 };
-
-// One token for each batch item: the window shifts by one and its convolution is returned.
-struct ConvUpdateArgs {
-  int64_t batch, dim, width, silu, dtype;
-  char *x, *out;  // (B, E), channel stride 1
-  int64_t x_stride, out_stride;
-  char *state;  // (B, E, S), S >= W - 1, the last tokens seen, updated in place
-  int64_t state_dtype, state_batch_stride, state_channel_stride, state_len;
-  const float *weight, *bias;
-  const int64_t *position;  // (B): circular buffer, number of tokens seen so far; null: the state is shifted
-};

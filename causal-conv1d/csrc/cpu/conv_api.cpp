@@ -4,10 +4,8 @@
 
 VIM_DECLARE(conv_forward, ConvArgs)
 VIM_DECLARE(conv_backward, ConvArgs)
-VIM_DECLARE(conv_update, ConvUpdateArgs)
 
 extern "C" {
 VIM_EXPORT(conv_forward, ConvArgs)
 VIM_EXPORT(conv_backward, ConvArgs)
-VIM_EXPORT(conv_update, ConvUpdateArgs)
 }

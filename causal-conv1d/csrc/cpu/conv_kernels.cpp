@@ -159,51 +159,9 @@ void backward(const ConvArgs *args) {
     memcpy(a.dbias, total + a.width * a.dim, (size_t)a.dim * 4);
 }
 
-VIM_INLINE float scalar_in(const char *p, int64_t dtype) {
-  float one[LANES];
-  load_row(one, p, dtype, 1);
-  return one[0];
-}
-
-VIM_INLINE void scalar_out(char *p, int64_t dtype, float v) {
-  const float one[LANES] = {v};
-  store_row(p, dtype, one, 1);
-}
-
-void update(const ConvUpdateArgs *args) {
-  const ConvUpdateArgs &a = *args;
-  const int64_t size = size_of(a.state_dtype), w = a.width, len = a.state_len;
-  const int64_t wide = padded(a.dim);
-  float *x = (float *)vim::scratch(0, (size_t)(2 * wide) * 4), *out = x + wide;
-  for (int64_t item = 0; item < a.batch; ++item) {
-    load_row(x, a.x + item * a.x_stride * size_of(a.dtype), a.dtype, a.dim);
-    const int64_t seen = a.position ? a.position[item] % len : 0;
-    for (int64_t c = 0; c < a.dim; ++c) {
-      char *state = a.state + (item * a.state_batch_stride + c * a.state_channel_stride) * size;
-      float total = a.bias ? a.bias[c] : 0.0f;
-      // Tap k looks back w - 1 - k tokens; the newest kept token is the one just before x.
-      for (int64_t k = 0; k + 1 < w; ++k) {
-        const int64_t back = w - 1 - k;
-        const int64_t slot = a.position ? (seen + len - back) % len : len - back;
-        total += a.weight[c * w + k] * scalar_in(state + slot * size, a.state_dtype);
-      }
-      total += a.weight[c * w + w - 1] * x[c];
-      if (!a.position)
-        memmove(state, state + size, (size_t)((len - 1) * size));
-      scalar_out(state + (a.position ? seen : len - 1) * size, a.state_dtype, x[c]);
-      out[c] = total;
-    }
-    if (a.silu)
-      for (int64_t c = 0; c < wide; c += LANES)
-        store(out + c, silu(load(out + c)));
-    store_row(a.out + item * a.out_stride * size_of(a.dtype), a.dtype, out, a.dim);
-  }
-}
-
 }  // namespace
 
 namespace VIM_ISA {
 void (*conv_forward)(const ConvArgs *) = forward;
 void (*conv_backward)(const ConvArgs *) = backward;
-void (*conv_update)(const ConvUpdateArgs *) = update;
 }
