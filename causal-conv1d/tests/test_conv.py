@@ -57,7 +57,7 @@ def test_reference_gradcheck(activation, reverse):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("seqlen", "batch", "dim", "width", "state"), [
     (1, 1, 16, 4, True), (2, 3, 7, 4, False), (3, 2, 33, 2, True), (197, 2, 40, 4, False), (1023, 1, 19, 3, True),
-    (0, 2, 16, 4, False),
+    (0, 2, 16, 4, False), (5, 0, 16, 4, True),
 ])  # fmt: skip
 def test_backends(seqlen, batch, dim, width, state, dtype, activation, reverse, backend):
     inputs = make(batch, seqlen, dim, width, dtype, state)

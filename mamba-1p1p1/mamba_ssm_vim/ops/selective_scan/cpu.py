@@ -212,16 +212,19 @@ def backward_into(
     rank = 0 if dt_weight is None else dt_weight.shape[1]
     groups = next((t.shape[2] for t in (B, C) if t.dim() == 4), 1)
     dout, dlast_state = rows(dout), plain(dlast_state)
+    new = torch.empty if batch else torch.zeros
     grads = {
-        "dA": torch.empty((dim, n)),
-        "dD": None if D is None else torch.empty(dim),
-        "dbias": None if delta_bias is None else torch.empty(dim),
-        "dB": torch.empty((dim, n)) if B.dim() == 2 else None,
-        "dC": torch.empty((dim, n)) if C.dim() == 2 else None,
-        "dx": torch.empty((batch, seqlen, groups, rank + 2 * n)),
-        "ddt_weight": torch.empty((dim, rank)) if rank else None,
-        "dinitial_state": None if initial_state is None else torch.empty((batch, dim, n)),
+        "dA": new((dim, n)),
+        "dD": None if D is None else new(dim),
+        "dbias": None if delta_bias is None else new(dim),
+        "dB": new((dim, n)) if B.dim() == 2 else None,
+        "dC": new((dim, n)) if C.dim() == 2 else None,
+        "dx": new((batch, seqlen, groups, rank + 2 * n)),
+        "ddt_weight": new((dim, rank)) if rank else None,
+        "dinitial_state": None if initial_state is None else new((batch, dim, n)),
     }
+    if not batch:
+        return grads
     packed, _alive = _scan_args(
         u, delta, A, B, C, D, z, delta_bias, initial_state, dt_weight, None, None, saved,
         delta_softplus=delta_softplus, reverse=reverse, out_scale=out_scale, accumulate=False,
