@@ -27,11 +27,12 @@ def environment(**more: str) -> dict[str, str]:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the same tests run the compiled kernels")
-def test_under_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *FILES]
-    result = subprocess.run(
-        command, cwd=ROOT, env=environment(TRITON_INTERPRET="1"), capture_output=True, text=True, check=False
-    )
+@pytest.mark.parametrize("marks", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_under_the_interpreter(marks):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marks, *FILES]
+    # The interpreter works on small arrays: more threads only get in each other's way.
+    environ = environment(TRITON_INTERPRET="1", OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+    result = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-4000:]
     assert " passed" in result.stdout
 

@@ -1,7 +1,7 @@
 """Compile every Triton kernel of the three models for a GPU that is not there, and report registers and spills.
 
-Run as a program: `python triton_aot.py cuda:90 Ti,S,B bfloat16 [quick]` prints a JSON object per kernel. The launches of
-the backends themselves are recorded, so what is compiled is what would run.
+Run as a program: `python triton_aot.py cuda:90 Ti,S,B bfloat16 [quick]` prints a JSON object per kernel. The launches
+of the backends themselves are recorded, so what is compiled is what would run.
 """
 
 import json
