@@ -43,7 +43,7 @@ def test_flags(refused, tree):
     refused(*MODEL, *data, "--modle", "x", words="unrecognized arguments: --modle")
     refused(*MODEL, *data, "--epoch", "3", words="unrecognized arguments: --epoch")
     refused(*MODEL, *data, "--batch-size", "0", words="--batch-size is 0")
-    refused(*MODEL, *data, "--cosub", words="--cosub is not implemented yet")
+    refused(*MODEL, *data, "--resplit", words="no splits")
     refused(*MODEL, *data, "--src", words="--ThreeAugment")
     refused(*MODEL, *data, "--batch-size", "7", words="must be even")
     refused("--eval", *MODEL, *data, words="--resume")

@@ -15,10 +15,10 @@ from vim.data import build_datasets, build_loaders
 from vim.data.transforms import normalisation
 from vim.engine import checkpoints
 from vim.engine.arguments import parse_args
+from vim.engine.build import build_model
 from vim.engine.distributed import choose_place
+from vim.engine.evaluation import evaluate
 from vim.engine.reporting import Reporter
-from vim.engine.run import build_model
-from vim.engine.training import evaluate
 from vim.errors import UserError
 from vim.models import extract_state_dict, load_into
 

@@ -6,6 +6,7 @@ out (epoch, position, index), and the random numbers of a sample's augmentation 
 
 import argparse
 import contextlib
+import itertools
 import math
 import os
 import random
@@ -125,6 +126,14 @@ class TrainLoader:
     def set_start_step(self, step: int) -> None:
         """Start the next iteration at this batch."""
         self.sampler.start = step * self.batch_size
+
+    def batch_indices(self, step: int) -> list[int]:
+        """Data-set indices of a batch of the chosen epoch, in its order."""
+        start, self.sampler.start = self.sampler.start, step * self.batch_size
+        try:
+            return [index for _, _, index in itertools.islice(self.sampler, self.batch_size)]
+        finally:
+            self.sampler.start = start
 
     def __len__(self) -> int:
         return self.steps_per_epoch

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import yaml
 
 from vim.data import DATA_SETS, INAT_CATEGORIES
+from vim.engine.checkpoints import parse_interval
 from vim.errors import UserError
 
 # Values of the published flags that keep their own spelling of the destination.
@@ -34,6 +35,16 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help for the flags")
+
+
+class _NoAmp(argparse.Action):
+    """`--no_amp`: undoes `--if_amp` and `--amp-dtype` before it, such as a recipe's."""
+
+    def __init__(self, option_strings: list[str], dest: str, **kwargs: Any) -> None:
+        super().__init__(option_strings, dest=argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, **kwargs)
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, *_: Any) -> None:
+        namespace.if_amp, namespace.amp_dtype = False, None
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -82,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--reprob", type=float, default=0.25, help="probability of random erasing")
     flag("--remode", default="pixel", choices=("const", "rand", "pixel"), help="fill of random erasing")
     flag("--recount", type=int, default=1, help="boxes of random erasing")
-    switch("resplit", "--resplit", None, False, "not implemented yet: do not erase the first augmentation split")
+    switch("resplit", "--resplit", None, False, "refused: the recipe has no augmentation splits to spare from erasing")
     flag("--mixup", type=float, default=0.8, help="mixup alpha, 0 for none")
     flag("--cutmix", type=float, default=1.0, help="cutmix alpha, 0 for none")
     flag("--cutmix-minmax", type=float, nargs="+", default=None, help="range of cutmix's ratio, in place of alpha")
@@ -98,10 +109,10 @@ def build_parser() -> argparse.ArgumentParser:
     switch("if_random_cls_token_position", "--if_random_cls_token_position", "--no_random_cls_token_position", False,
            "class token at a random place")  # fmt: skip
     switch("if_random_token_rank", "--if_random_token_rank", "--no_random_token_rank", False, "shuffle the tokens")
-    switch("attn_only", "--attn-only", None, False, "not implemented yet: train the mixers alone")
+    switch("attn_only", "--attn-only", None, False, "train the mixers, the head and the embeddings alone")
     # Loss and optimisation
     switch("bce_loss", "--bce-loss", None, False, "binary cross-entropy over the classes")
-    switch("cosub", "--cosub", None, False, "not implemented yet: co-training of sub-models")
+    switch("cosub", "--cosub", None, False, "co-train two sub-models that drop other layers (implies BCE)")
     flag("--teacher-model", default="regnety_160", help="timm model to distil from")
     flag("--teacher-path", default="", help="its checkpoint")
     flag("--distillation-type", default="none", choices=("none", "soft", "hard"), help="what the teacher teaches")
@@ -112,10 +123,25 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--opt-betas", type=float, nargs="+", default=None, help="its betas; the optimizer's own by default")
     flag("--momentum", type=float, default=0.9, help="of SGD")
     flag("--weight-decay", type=float, default=0.05, help="of matrices; vectors and embeddings have none")
-    flag("--clip-grad", type=float, default=None, help="largest gradient norm")
-    switch("unscale_lr", "--unscale-lr", None, False, "do not scale lr by global batch / 512")
+    switch(
+        "no_a_log_decay",
+        "--no-a-log-decay",
+        None,
+        False,
+        "no weight decay for A_log and A_b_log; published runs have it",
+    )
+    flag("--layer-decay", type=float, default=None, help="factor of the learning rate from each block to the one below")
+    flag("--clip-grad", type=float, default=None, help="bound of --clip-mode; none by default")
+    flag("--clip-mode", default="norm", choices=("norm", "value", "agc"), help="what --clip-grad bounds")
+    flag("--grad-accum-steps", type=int, default=1, help="batches per update of the weights")
+    switch("unscale_lr", "--unscale-lr", None, False, "do not scale lr by images per update / 512")
     flag("--lr", type=float, default=5e-4, help="learning rate per 512 images")
-    flag("--sched", default="cosine", help="timm schedule")
+    flag(
+        "--sched",
+        default="cosine",
+        choices=("cosine", "tanh", "step", "multistep", "plateau", "poly"),
+        help="timm schedule",
+    )
     flag("--lr-noise", type=float, nargs="+", default=None, help="span of the run with a noisy lr, in parts of it")
     flag("--lr-noise-pct", type=float, default=0.67, help="bound of the noise")
     flag("--lr-noise-std", type=float, default=1.0, help="its deviation")
@@ -123,26 +149,30 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--min-lr", type=float, default=1e-5, help="lr at the end of the cosine")
     flag("--decay-epochs", type=float, default=30, help="period of step schedules")
     flag("--warmup-epochs", type=int, default=5, help="epochs of warm-up, inside the schedule")
-    flag("--cooldown-epochs", type=int, default=10, help="epochs at min-lr after the schedule")
+    flag("--cooldown-epochs", type=int, default=10, help="epochs of rest after a drop, of plateau")
     flag("--patience-epochs", type=int, default=10, help="of the plateau schedule")
     flag("--decay-rate", "--dr", type=float, default=0.1, help="of step schedules")
-    switch("if_amp", "--if_amp", "--no_amp", False, "autocast")
-    flag("--amp-dtype", default="bfloat16", choices=("bfloat16", "float16"), help="of autocast")
+    switch("if_amp", "--if_amp", None, False, "autocast")
+    flag("--no_amp", action=_NoAmp, help="float32 throughout")
+    flag("--amp-dtype", default=None, choices=("bfloat16", "float16"), help="of autocast, turns it on; else bfloat16")
+    switch("compile", "--compile", None, False, "torch.compile the model")
+    switch("grad_checkpointing", "--grad-checkpointing", None, False, "recompute each block in the backward pass")
     switch("if_continue_inf", "--if_continue_inf", "--no_continue_inf", False,
            "skip and count steps whose loss is not finite, rather than stop")  # fmt: skip
     switch("if_nan2num", "--if_nan2num", "--no_nan2num", False, "replace NaN and infinity in the model's output")
-    # Distributed; torchrun sets the environment that these are read from
-    switch("distributed", "--distributed", None, False, "accepted; torchrun's environment decides")
-    flag("--world_size", type=int, default=1, help="accepted; torchrun's environment decides")
-    flag("--dist_url", default="env://", help="accepted; torchrun's environment decides")
-    flag("--local-rank", type=int, default=0, help="accepted; torchrun's environment decides")
-    # Own
+    # Distributed; torchrun sets the environment that processes find each other by
+    switch("distributed", "--distributed", None, False, "insist on a launcher's environment")
+    flag("--world_size", type=int, default=1, help="processes, to be checked against the launcher's")
+    flag("--dist_url", default="env://", help="where processes meet")
+    flag("--local-rank", type=int, default=0, help="GPU of this process, where the launcher does not say LOCAL_RANK")
+    switch("fsdp", "--fsdp", None, False, "shard parameters, gradients and optimizer over the processes (FSDP2)")
+    # Evaluation, checkpoints and log
+    flag("--per-class-csv", default="", metavar="FILE", help="with --eval: accuracy of each class")
+    flag("--class-index", default="", metavar="FILE", help="with --eval: the model's class number of each class folder")
+    flag("--checkpoint-interval", default="", help="between checkpoints inside an epoch: 500 (steps) or 10min")
     flag("--print-every-steps", type=int, default=50, help="steps between lines of the log")
     flag("--keep-every-epochs", type=int, default=0, help="also keep the checkpoint of every N-th epoch")
     return parser
-
-
-_NOT_YET = ("resplit", "attn_only", "cosub")
 
 
 def _flags_of(config: Path) -> dict[str, Any]:
@@ -175,10 +205,16 @@ def parse_args(argv: list[str] | None = None, defaults: dict[str, Any] | None = 
             raise UserError(f"--config {known.config} has unknown flags: {', '.join(unknown)}")
         parser.set_defaults(**from_file)
     args = parser.parse_args(argv)
-    for name in _NOT_YET:
-        if getattr(args, name):
-            raise UserError(f"--{name.replace('_', '-')} is not implemented yet: leave it out")
-    positive = {"batch_size": 1, "epochs": 0, "input_size": 1, "num_workers": 0, "warmup_epochs": 0, "recount": 1}
+    if args.resplit:
+        raise UserError(
+            "--resplit spares an augmentation split from erasing, and the recipe has no splits: leave it out"
+        )
+    args.if_amp = args.if_amp or args.amp_dtype is not None
+    if args.if_amp and args.amp_dtype is None:
+        args.amp_dtype = "bfloat16"
+    parse_interval(args.checkpoint_interval)
+    positive = {"batch_size": 1, "epochs": 0, "input_size": 1, "num_workers": 0, "warmup_epochs": 0, "recount": 1,
+                "grad_accum_steps": 1, "start_epoch": 0, "keep_every_epochs": 0}  # fmt: skip
     for name, least in positive.items():
         if getattr(args, name) < least:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least {least}")
@@ -186,7 +222,15 @@ def parse_args(argv: list[str] | None = None, defaults: dict[str, Any] | None = 
         raise UserError(f"--eval-crop-ratio is {args.eval_crop_ratio}, expected a number in (0, 1]")
     if args.src and not args.three_augment:
         raise UserError("--src is the simple crop of --ThreeAugment: pass both, or leave --src out")
-    if args.resume and args.finetune:
+    if args.clip_grad is not None and args.clip_grad <= 0:
+        raise UserError(f"--clip-grad is {args.clip_grad}, expected a number above 0, or leave it out")
+    if args.layer_decay is not None and not 0 < args.layer_decay <= 1:
+        raise UserError(f"--layer-decay is {args.layer_decay}, expected a number in (0, 1]")
+    if args.fsdp and (args.amp_dtype == "float16" or args.clip_mode == "agc" or args.model_ema_force_cpu):
+        raise UserError("--fsdp goes with neither --amp-dtype float16, --clip-mode agc nor --model-ema-force-cpu")
+    if (args.per_class_csv or args.class_index) and not args.eval:
+        raise UserError("--per-class-csv and --class-index belong to an evaluation: pass --eval too")
+    if args.resume not in ("", "auto") and args.finetune:
         raise UserError("--resume continues a run and --finetune starts one from given weights: pass one of them")
     if args.eval and not args.resume and not args.finetune:
         raise UserError("--eval needs a checkpoint to evaluate: pass --resume FILE")

@@ -4,61 +4,183 @@ Random numbers need no state: those of a step are seeded from (seed, epoch, step
 epoch, position), so the counters in the file say them all.
 """
 
+import argparse
+import logging
 import os
+import re
+import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from vim.engine.distributed import Place
+from vim.engine.state import TrainState
 from vim.errors import UserError
 from vim.models.checkpoint import CheckpointError, load_checkpoint
 
-FORMAT_VERSION = 1
+_logger = logging.getLogger("vision_mamba")
+
+FORMAT_VERSION = 2
+LAST, PREVIOUS, BEST = "checkpoint.pth", "previous_checkpoint.pth", "best_checkpoint.pth"
+_EVERY = "checkpoint_*.pth"
 
 
-def save_atomically(content: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint so that `path` holds the old file or the whole new one, whatever happens in between."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+def _write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file, then rename it: `path` holds the old file or the whole new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("wb") as file:
-            torch.save({"format_version": FORMAT_VERSION, **content}, file)
-            file.flush()
+        write(temporary)
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    # The rename itself must reach the disk too.
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def save_atomically(content: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint so that `path` holds the old file or the whole new one, whatever happens in between."""
+    _write_atomically(path, lambda temporary: torch.save({"format_version": FORMAT_VERSION, **content}, temporary))
+
+
+def parse_interval(text: str) -> tuple[int, float]:
+    """`--checkpoint-interval` → (steps, seconds), the one not asked for 0: "500" or "500steps", "10min".
+
+    Raises:
+        UserError: neither.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(steps?|m|min|minutes?)?", text)
+    if not text:
+        return 0, 0.0
+    if match is None or float(match[1]) <= 0:
+        raise UserError(f"--checkpoint-interval is {text!r}, expected steps as in 500 or 500steps, or minutes as 10min")
+    if (match[2] or "steps").startswith("m"):
+        return 0, 60 * float(match[1])
+    return int(float(match[1])), 0.0
+
+
+class Keeper:
+    """Writes a run's checkpoints into its folder: the last, the one before it, the best, every N-th epoch's.
+
+    Args:
+        folder: of the run; None keeps nothing.
+        args: parsed flags.
+        place: of this process.
+    """
+
+    def __init__(self, folder: Path | None, args: argparse.Namespace, place: Place) -> None:
+        self.folder, self.args, self.place = folder, args, place
+        self._steps, self._seconds = parse_interval(args.checkpoint_interval)
+        self._saved_at = time.monotonic()
+        self._since = 0
+
+    def due(self, steps: int) -> bool:
+        """Whether `--checkpoint-interval` asks for a checkpoint, `steps` further on."""
+        self._since += steps
+        if self._steps and self._since >= self._steps:
+            return True
+        return bool(self._seconds) and time.monotonic() - self._saved_at >= self._seconds
+
+    def save(self, state: TrainState, name: str = LAST, *, copies: tuple[str, ...] = (), **extra: Any) -> Path | None:
+        """Write `name`, then its copies; every process calls this, the main one writes.
+
+        Args:
+            state: what to save.
+            name: of the file.
+            copies: names of further files with the same content.
+            extra: further entries.
+        """
+        self._saved_at, self._since = time.monotonic(), 0
+        if self.folder is None or not (self.place.is_main or self.args.fsdp):
+            return None
+        content = state.content(fsdp=self.args.fsdp)
+        if not self.place.is_main:
+            return None
+        path = self.folder / name
+        if name == LAST and path.exists():
+            previous = self.folder / PREVIOUS
+            _write_atomically(previous, lambda temporary: _link(path, temporary))
+        save_atomically({**content, "args": vars(self.args), "world_size": self.place.world_size, **extra}, path)
+        for copy in copies:
+            _write_atomically(self.folder / copy, lambda temporary: shutil.copyfile(path, temporary))
+        return path
+
+    def save_epoch(self, state: TrainState, *, improved: bool) -> None:
+        """Write the last checkpoint after an epoch, also as the best if it is, and as that epoch's if it is to stay."""
+        every = self.args.keep_every_epochs
+        copies = (BEST,) if improved else ()
+        if every and state.epoch % every == 0:
+            copies += (_EVERY.replace("*", f"{state.epoch:04d}"),)
+        self.save(state, copies=copies)
+
+
+def _link(source: Path, target: Path) -> None:
+    # A link costs no space and the source is only ever replaced; some file systems have none.
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _read_own(path: Path) -> dict[str, Any]:
+    checkpoint = load_checkpoint(path)
+    if missing := {"format_version", "model", "optimizer", "epoch", "step", "args"} - set(checkpoint):
+        raise CheckpointError(f"{path} lacks {', '.join(sorted(missing))}")
+    return checkpoint
 
 
 def read(source: str, output_dir: str) -> dict[str, Any] | None:
-    """The checkpoint that `--resume` names; for "auto" the output folder's last, or None if there is none yet.
+    """The checkpoint that `--resume` names.
+
+    For "auto" it is the newest good one of the output folder: a damaged one is passed over with a warning. None if
+    there are none yet.
 
     Raises:
-        UserError: the checkpoint cannot be used.
+        UserError: the checkpoint cannot be used, or none of the output folder's can.
     """
-    if source == "auto":
-        if not output_dir:
-            raise UserError("--resume auto looks into --output-dir: pass that too")
-        path = Path(output_dir) / "checkpoint.pth"
-        if not path.exists():
-            return None
-        source = str(path)
     try:
-        return load_checkpoint(source)
+        if source != "auto":
+            return load_checkpoint(source)
     except CheckpointError as error:
         raise UserError(str(error)) from error
+    if not output_dir:
+        raise UserError("--resume auto looks into --output-dir: pass that too")
+    folder = Path(output_dir)
+    paths = [p for name in (LAST, PREVIOUS, BEST) if (p := folder / name).is_file()] + list(folder.glob(_EVERY))
+    paths.sort(key=lambda p: (p.name != LAST, -p.stat().st_mtime_ns))
+    for path in paths:
+        try:
+            checkpoint = _read_own(path)
+        except CheckpointError as error:
+            _logger.warning("%s; trying the one before it", error)
+            continue
+        _logger.info("resuming from %s, epoch %d, step %d", path, checkpoint["epoch"], checkpoint["step"])
+        return checkpoint
+    if paths:
+        raise UserError(f"none of the checkpoints in {folder} can be read: remove them to start afresh")
+    return None
 
 
 def is_own(checkpoint: dict[str, Any]) -> bool:
     """Whether this project's training wrote the checkpoint.
 
     Raises:
-        UserError: a newer version of the project wrote it.
+        UserError: another version of the project wrote it.
     """
     version = checkpoint.get("format_version")
-    if isinstance(version, int) and version > FORMAT_VERSION:
+    if isinstance(version, int) and version != FORMAT_VERSION:
         raise UserError(
-            f"the checkpoint has format version {version}, this version of the project reads up to {FORMAT_VERSION}: "
-            "update vision-mamba"
+            f"the checkpoint has format version {version}, this version of the project reads {FORMAT_VERSION}: use the "
+            "version of vision-mamba that wrote it, or start from its weights with --finetune"
         )
     return isinstance(version, int)

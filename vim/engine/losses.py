@@ -1,49 +1,111 @@
-"""The training loss: cross-entropy of hard, smoothed or mixed labels, binary cross-entropy, and distillation."""
+"""The training loss: hard, smoothed or mixed labels, binary cross-entropy, co-training of sub-models, distillation."""
 
 import argparse
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 
+from vim.errors import UserError
 
-def base_loss(args: argparse.Namespace, *, mixed: bool) -> nn.Module:
-    """The loss of logits (B, K) against targets: (B, K) soft if `mixed` or with BCE, else (B,) class numbers."""
-    if args.bce_loss:
-        return nn.BCEWithLogitsLoss()
-    if mixed:
-        return SoftTargetCrossEntropy()
-    return LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
+Forward = Callable[[torch.Tensor], torch.Tensor]
 
 
-class DistillationLoss(nn.Module):
-    """(1 - alpha) * base + alpha * teacher's term (section 3 of arXiv 2012.12877), on the one head that Vim has.
+def distillation_term(logits: torch.Tensor, teacher_logits: torch.Tensor, kind: str, tau: float) -> torch.Tensor:
+    """The teacher's part of the loss (section 3 of arXiv 2012.12877), on the one head that Vim has.
 
     Args:
-        base: loss against the labels.
-        teacher: frozen classifier of the same images and classes.
-        kind: "soft" (KL divergence at temperature tau, times tau²) or "hard" (cross-entropy with its decision).
-        alpha, tau: weight and temperature.
+        logits, teacher_logits: (B, K).
+        kind: "soft", KL divergence at temperature `tau`, times tau²; or "hard", cross-entropy with its decision.
+        tau: temperature.
+    """
+    if kind == "hard":
+        return F.cross_entropy(logits, teacher_logits.argmax(1))
+    student, teacher = (F.log_softmax(v / tau, dim=1) for v in (logits, teacher_logits))
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * tau**2
+
+
+def cosub_loss(first: torch.Tensor, second: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Binary cross-entropy of two sub-models with the labels and with each other's decision (arXiv 2212.04884).
+
+    Args:
+        first, second: logits (B, K) of two passes with other layers dropped.
+        targets: (B, K) in [0, 1].
+    """
+    bce = F.binary_cross_entropy_with_logits
+    labels = bce(first, targets) + bce(second, targets)
+    agreement = bce(first, second.detach().sigmoid()) + bce(second, first.detach().sigmoid())
+    return 0.25 * (labels + agreement)
+
+
+class Objective:
+    """From a batch to its loss, as the flags say.
+
+    Args:
+        args: parsed flags.
+        num_classes: K.
+        teacher: classifier of the same images and classes to distil from, frozen here; None without distillation.
+
+    Raises:
+        UserError: flags that exclude each other.
     """
 
-    def __init__(self, base: nn.Module, teacher: nn.Module, kind: str, alpha: float, tau: float) -> None:
-        super().__init__()
-        self.base, self.kind, self.alpha, self.tau = base, kind, alpha, tau
-        # Kept out of the module's own parameters: it is neither trained nor saved.
-        self._teacher = [teacher.eval().requires_grad_(False)]
-
-    def forward(self, images: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """images (B, C, H, W), logits (B, K), targets as the base loss wants them → scalar."""
-        with torch.no_grad():
-            teacher_logits = self._teacher[0](images)
-        if self.kind == "soft":
-            term = F.kl_div(
-                F.log_softmax(logits / self.tau, dim=1),
-                F.log_softmax(teacher_logits / self.tau, dim=1),
-                reduction="batchmean",
-                log_target=True,
-            ) * (self.tau**2)
+    def __init__(self, args: argparse.Namespace, num_classes: int, teacher: nn.Module | None = None) -> None:
+        self.args, self.num_classes = args, num_classes
+        self.teacher = None if teacher is None else teacher.eval().requires_grad_(False)
+        mixed = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+        if mixed and args.batch_size % 2:
+            raise UserError(
+                f"mixup and cutmix pair the images of a batch: --batch-size must be even, is {args.batch_size}"
+            )
+        if args.cosub and teacher is not None:
+            raise UserError("--cosub and --distillation-type both teach by another model's output: pass one of them")
+        if args.cosub and args.drop_path == 0 and args.drop == 0:
+            raise UserError("--cosub trains sub-models that drop other layers: --drop-path or --drop must be above 0")
+        self.mixup = None
+        if mixed:
+            self.mixup = Mixup(
+                mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, cutmix_minmax=args.cutmix_minmax,
+                prob=args.mixup_prob, switch_prob=args.mixup_switch_prob, mode=args.mixup_mode,
+                label_smoothing=args.smoothing, num_classes=num_classes,
+            )  # fmt: skip
+        self._binary = args.bce_loss or args.cosub
+        if self._binary:
+            self._base: nn.Module = nn.BCEWithLogitsLoss()
+        elif mixed:
+            self._base = SoftTargetCrossEntropy()
         else:
-            term = F.cross_entropy(logits, teacher_logits.argmax(1))
-        return (1 - self.alpha) * self.base(logits, targets) + self.alpha * term
+            self._base = LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
+
+    def __call__(self, forward: Forward, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The loss of one batch, a scalar.
+
+        Args:
+            forward: the model, images (B, C, H, W) → logits (B, K).
+            images: (B, C, H, W).
+            targets: class numbers (B,).
+        """
+        if self.mixup is not None:
+            images, targets = self.mixup(images, targets)
+        if self._binary:
+            # As published: whatever is in the mixture counts as present, smoothing's share of every class too.
+            soft = F.one_hot(targets, self.num_classes) if targets.dim() == 1 else targets
+            targets = soft.gt(0.0).float()
+        if self.args.cosub:
+            first, second = self._clean(forward(torch.cat((images, images)))).chunk(2)
+            return cosub_loss(first, second, targets)
+        logits = self._clean(forward(images))
+        loss = self._base(logits, targets)
+        if self.teacher is None:
+            return loss
+        with torch.no_grad():
+            teacher_logits = self.teacher(images)
+        alpha = self.args.distillation_alpha
+        term = distillation_term(logits, teacher_logits, self.args.distillation_type, self.args.distillation_tau)
+        return (1 - alpha) * loss + alpha * term
+
+    def _clean(self, logits: torch.Tensor) -> torch.Tensor:
+        return torch.nan_to_num(logits) if self.args.if_nan2num else logits

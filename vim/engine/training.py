@@ -1,52 +1,30 @@
-"""One epoch of training, and evaluation."""
+"""One epoch of training."""
 
 import argparse
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from timm.data import Mixup
-from timm.utils import ModelEmaV3, NativeScaler, accuracy
+from timm.utils.clip_grad import dispatch_clip_grad
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from vim.data import seed_all
 from vim.data.loaders import TrainLoader
-from vim.engine.distributed import Place, sum_over_ranks
-from vim.engine.losses import DistillationLoss
+from vim.engine.checkpoints import Keeper
+from vim.engine.distributed import Place, sum_over_ranks, without_gradient_exchange
+from vim.engine.losses import Objective
 from vim.engine.reporting import Reporter
+from vim.engine.state import TrainState
 from vim.errors import UserError
+from vim.models import VisionMamba
 
 # First key of the step's seed, apart from the seeds of samples, which begin with the run's seed alone.
 _STEP_STREAM = 0x57E9
-
-
-@dataclass
-class TrainState:
-    """All that changes while training.
-
-    Attributes:
-        model: the bare model; `forward` the same behind DistributedDataParallel.
-        epoch, step: the next to run.
-        best: best top-1 so far, percent.
-        skipped: steps skipped for a loss that was not finite.
-    """
-
-    model: nn.Module
-    forward: nn.Module
-    optimizer: torch.optim.Optimizer
-    scheduler: Any
-    ema: ModelEmaV3 | None
-    scaler: NativeScaler | None
-    epoch: int = 0
-    step: int = 0
-    best: float = 0.0
-    skipped: int = 0
-    stop_requested: bool = field(default=False, compare=False)
+NOT_FINITE = "nonfinite.pth"
 
 
 def autocast(args: argparse.Namespace, place: Place) -> AbstractContextManager:
@@ -56,147 +34,176 @@ def autocast(args: argparse.Namespace, place: Place) -> AbstractContextManager:
     return torch.autocast(place.device.type, dtype=getattr(torch, args.amp_dtype))
 
 
-def model_options(args: argparse.Namespace) -> dict[str, bool]:
-    """Keyword arguments of VisionMamba.forward that flags turn on."""
-    names = ("if_random_cls_token_position", "if_random_token_rank")
-    return {name: True for name in names if getattr(args, name)}
+def model_options(args: argparse.Namespace, model: nn.Module) -> dict[str, bool]:
+    """Keyword arguments of VisionMamba.forward that flags turn on.
+
+    Raises:
+        UserError: another model, which has none of them.
+    """
+    names = [n for n in ("if_random_cls_token_position", "if_random_token_rank") if getattr(args, n)]
+    if names and not isinstance(model, VisionMamba):
+        raise UserError(f"--{names[0]} is for Vision Mamba models, {args.model} is none: leave it out")
+    return dict.fromkeys(names, True)
 
 
 def train_one_epoch(
     state: TrainState,
     loader: TrainLoader,
-    loss_function: nn.Module,
-    mixup: Mixup | None,
+    objective: Objective,
     args: argparse.Namespace,
     place: Place,
     reporter: Reporter,
+    keeper: Keeper,
 ) -> dict[str, float] | None:
     """Run the epoch `state.epoch` from `state.step` on.
 
     Returns:
-        Mean loss, learning rate, images per second and seconds; None if a stop was requested before the end.
+        Mean loss and gradient norm of its updates, learning rate, images per second, seconds, of them seconds spent
+        waiting for data, and on a GPU the largest memory in MiB; None if a stop was requested before the end.
 
     Raises:
-        UserError: the loss is not finite, unless `--if_continue_inf`.
+        UserError: a loss or gradient is not finite, unless `--if_continue_inf`.
     """
     state.forward.train(args.train_mode)
+    steps, images_seen, waited, begun = len(loader), 0, 0.0, time.perf_counter()
     loader.set_epoch(state.epoch)
     loader.set_start_step(state.step)
-    reporter.start(f"epoch {state.epoch + 1}/{args.epochs}", len(loader), state.step)
-    lr = state.optimizer.param_groups[0]["lr"]
-    total, images_seen, begun = torch.zeros(2, dtype=torch.float64), 0, time.perf_counter()
-    for images, targets in loader:
-        if state.stop_requested:
+    # Nothing is left of an epoch that was stopped between its last step and its evaluation.
+    batches = iter(loader) if state.step < steps else iter(())
+    reporter.start(f"epoch {state.epoch + 1}/{args.epochs}", steps, state.step)
+    lr = max(group["lr"] for group in state.optimizer.param_groups)
+    while state.step < steps:
+        group = min(args.grad_accum_steps, steps - state.step)
+        loss, seconds = _accumulate(state, batches, group, objective, args, place)
+        waited += seconds
+        norm = _clip(state, args)
+        loss, norm, stop, save = _agree(loss, norm, state.stop_requested, keeper.due(group), group, place)
+        if math.isfinite(loss) and (math.isfinite(norm) or state.scaler is not None):
+            _update(state)
+            state.loss_sum, state.updates = state.loss_sum + loss, state.updates + 1
+            # A scaler finds its scale by overflowing; those steps it skips have no norm.
+            state.norm_sum += norm if math.isfinite(norm) else 0.0
+        else:
+            _not_finite(state, loss, norm, group, loader, args, place, keeper)
+        for k in range(group):
+            images = args.batch_size * place.world_size
+            images_seen += images
+            reporter.step(loss=loss, images=images, lr=lr if k == group - 1 else None)
+        state.step += group
+        if stop:
             reporter.finish()
             return None
-        # Mixup, dropout and stochastic depth draw from these, so a resumed step is the same step.
-        seed_all(args.seed, _STEP_STREAM, state.epoch, state.step, place.rank)
-        images, targets = images.to(place.device, non_blocking=True), targets.to(place.device, non_blocking=True)
-        loss = _loss(state, loss_function, mixup, images, targets, args, place)
-        value = loss.item()
-        if math.isfinite(value):
-            _update(state, loss, args)
-            total += torch.tensor([value, 1.0], dtype=torch.float64)
-        else:
-            _not_finite(state, value, args)
-        state.step += 1
-        images_seen += len(images) * place.world_size
-        reporter.step(loss=value, images=len(images) * place.world_size, lr=lr)
+        if save:
+            keeper.save(state)
     reporter.finish()
-    state.epoch, state.step = state.epoch + 1, 0
-    total = sum_over_ranks(total, place)
     seconds = time.perf_counter() - begun
+    memory = {}
+    if place.device.type == "cuda":
+        memory["train_memory_mib"] = torch.cuda.max_memory_allocated(place.device) / 2**20
     return {
-        "train_loss": (total[0] / total[1].clamp(min=1)).item(),
+        "train_loss": state.loss_sum / max(state.updates, 1),
+        "train_grad_norm": state.norm_sum / max(state.updates, 1),
         "train_lr": lr,
         "train_images_per_s": images_seen / seconds,
         "train_s": seconds,
-        "skipped_steps": state.skipped,
+        "train_data_wait_s": waited,
+        "skipped_updates": state.skipped,
+        **memory,
     }
 
 
-def _loss(
+def _accumulate(
     state: TrainState,
-    loss_function: nn.Module,
-    mixup: Mixup | None,
-    images: torch.Tensor,
-    targets: torch.Tensor,
+    batches: Iterator[tuple[torch.Tensor, torch.Tensor]],
+    group: int,
+    objective: Objective,
     args: argparse.Namespace,
     place: Place,
-) -> torch.Tensor:
-    if mixup is not None:
-        images, targets = mixup(images, targets)
-    if args.bce_loss:
-        if targets.dim() == 1:
-            targets = F.one_hot(targets, state.model.num_classes)
-        targets = targets.gt(0.0).float()
-    with autocast(args, place):
-        logits = state.forward(images, **model_options(args))
-        if args.if_nan2num:
-            logits = torch.nan_to_num(logits)
-        if isinstance(loss_function, DistillationLoss):
-            return loss_function(images, logits, targets)
-        return loss_function(logits, targets)
-
-
-def _update(state: TrainState, loss: torch.Tensor, args: argparse.Namespace) -> None:
+) -> tuple[torch.Tensor, float]:
+    """Gradients of the mean loss of the next `group` batches; gives that loss and the seconds of waiting for data."""
     state.optimizer.zero_grad()
+    total, waited = torch.zeros((), device=place.device), 0.0
+    options = model_options(args, state.model)
+    for k in range(group):
+        tick = time.perf_counter()
+        images, targets = next(batches)
+        waited += time.perf_counter() - tick
+        # Mixup, dropout and stochastic depth draw from these, so a resumed step is the same step.
+        seed_all(args.seed, _STEP_STREAM, state.epoch, state.step + k, place.rank)
+        images, targets = images.to(place.device, non_blocking=True), targets.to(place.device, non_blocking=True)
+        with nullcontext() if k == group - 1 else without_gradient_exchange(state.forward):
+            with autocast(args, place):
+                loss = objective(lambda x: state.forward(x, **options), images, targets) / group
+            (loss if state.scaler is None else state.scaler.scale(loss)).backward()
+        total += loss.detach()
+    return total, waited
+
+
+def _clip(state: TrainState, args: argparse.Namespace) -> torch.Tensor:
+    """Clip the gradients as `--clip-grad` says; gives their norm before that."""
     if state.scaler is not None:
-        state.scaler(loss, state.optimizer, clip_grad=args.clip_grad, parameters=state.model.parameters())
+        state.scaler.unscale_(state.optimizer)
+    parameters = [p for p in state.model.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    if args.clip_grad is not None:
+        if args.clip_mode == "norm":
+            nn.utils.clip_grads_with_norm_(parameters, args.clip_grad, norm)
+        else:
+            dispatch_clip_grad(parameters, args.clip_grad, mode=args.clip_mode)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def _agree(
+    loss: torch.Tensor, norm: torch.Tensor, stop: bool, save: bool, group: int, place: Place
+) -> tuple[float, float, bool, bool]:
+    """What all processes go by: the mean loss, the norm, and whether any of them wants to stop or to save."""
+    local = torch.tensor([float(stop), float(save)], dtype=torch.float64)
+    both = torch.stack((loss.double(), norm.detach().double()))
+    shared = sum_over_ranks(torch.cat((both, local.to(both.device))), place) if place.world_size > 1 else None
+    loss_value, norm_value, stops, saves = (torch.cat((both.cpu(), local)) if shared is None else shared).tolist()
+    return loss_value / place.world_size, norm_value / place.world_size, stops > 0, saves > 0
+
+
+def _update(state: TrainState) -> None:
+    if state.scaler is not None:
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
     else:
-        loss.backward()
-        if args.clip_grad is not None:
-            nn.utils.clip_grad_norm_(state.model.parameters(), args.clip_grad)
         state.optimizer.step()
     if state.ema is not None:
         state.ema.update(state.model)
 
 
-def _not_finite(state: TrainState, value: float, args: argparse.Namespace) -> None:
-    if not args.if_continue_inf:
-        raise UserError(
-            f"the loss is {value} in epoch {state.epoch}, step {state.step}: lower --lr, use --amp-dtype bfloat16 or "
-            "--no_amp, or skip such steps with --if_continue_inf; the last checkpoint is as it was"
-        )
-    state.skipped += 1
-
-
-@torch.inference_mode()
-def evaluate(
-    model: nn.Module,
-    loader: Iterable[tuple[torch.Tensor, torch.Tensor]],
+def _not_finite(
+    state: TrainState,
+    loss: float,
+    norm: float,
+    group: int,
+    loader: TrainLoader,
     args: argparse.Namespace,
     place: Place,
-    reporter: Reporter,
-    keep: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
-) -> dict[str, float]:
-    """Loss (cross-entropy), top-1 and top-5 in percent over the whole set, each sample counted once.
-
-    Args:
-        model: classifier.
-        loader: this process's share of the set.
-        args, place, reporter: of the run.
-        keep: receives logits (B, K) and targets (B,) of each batch.
-    """
-    model.eval()
-    sums = torch.zeros(4, dtype=torch.float64)
-    reporter.start("evaluate", len(loader))
-    begun = time.perf_counter()
-    for images, targets in loader:
-        images, targets = images.to(place.device, non_blocking=True), targets.to(place.device, non_blocking=True)
-        with autocast(args, place):
-            logits = model(images, **model_options(args))
-        logits = logits.float()
-        loss = F.cross_entropy(logits, targets, reduction="sum")
-        top1, top5 = accuracy(logits, targets, topk=(1, min(5, logits.shape[1])))
-        count = len(targets)
-        batch = [loss.item(), top1.item() * count, top5.item() * count, count]
-        sums += torch.tensor(batch, dtype=torch.float64)
-        reporter.step(loss=loss.item() / count, images=count * place.world_size)
-        if keep is not None:
-            keep(logits, targets)
-    reporter.finish()
-    sums = sum_over_ranks(sums, place).cpu()
-    loss, top1, top5 = (sums[:3] / sums[3].clamp(min=1)).tolist()
-    seconds = time.perf_counter() - begun
-    return {"test_loss": loss, "test_acc1": top1, "test_acc5": top5, "test_images_per_s": sums[3].item() / seconds}
+    keeper: Keeper,
+) -> None:
+    """Skip and count the update, or save what reproduces it and stop."""
+    if args.if_continue_inf:
+        state.skipped += 1
+        if state.scaler is not None:
+            state.scaler.update()
+        return
+    indices: Any = [loader.batch_indices(state.step + k) for k in range(group)]
+    if place.world_size > 1:
+        gathered: list[Any] = [None] * place.world_size
+        torch.distributed.all_gather_object(gathered, indices)
+        indices = gathered
+    else:
+        indices = [indices]
+    path = keeper.save(state, NOT_FINITE, nonfinite={"loss": loss, "grad_norm": norm, "indices_rank_step": indices})
+    kept = (
+        f"the state before it and the data-set indices of its images are in {path}: --resume {path} runs into it again"
+        if path is not None
+        else "pass --output-dir to have the state before it kept"
+    )
+    raise UserError(
+        f"the loss is {loss} and the gradient norm {norm} in epoch {state.epoch}, step {state.step}; {kept}; lower "
+        "--lr, use --amp-dtype bfloat16 or --no_amp, or skip such steps with --if_continue_inf"
+    )

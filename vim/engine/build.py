@@ -1,0 +1,166 @@
+"""Model, teacher, optimizer and schedule as the flags say."""
+
+import argparse
+import difflib
+from typing import Any
+
+import timm
+import torch
+from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from vim.engine.distributed import Place, replicate, shard
+from vim.engine.losses import Objective
+from vim.engine.state import TrainState
+from vim.engine.training import model_options
+from vim.errors import UserError
+from vim.models import CheckpointError, extract_state_dict, load_checkpoint, load_into
+
+
+def build_model(args: argparse.Namespace, num_classes: int, name: str = "") -> nn.Module:
+    """The model that `--model` names, or `name`.
+
+    Raises:
+        UserError: timm does not know it, or it cannot have that image size.
+    """
+    name = name or args.model
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=3) or timm.list_models("vim_*")
+        raise UserError(f"there is no model {name!r}: did you mean {', '.join(close)}?")
+    cfg = timm.get_pretrained_cfg(name)
+    # Models of any image size, such as convolutional ones, have no such argument.
+    size = {"img_size": args.input_size} if cfg is not None and cfg.fixed_input_size else {}
+    try:
+        return timm.create_model(
+            name,
+            num_classes=num_classes,
+            drop_rate=args.drop,
+            drop_path_rate=args.drop_path,
+            in_chans=args.in_chans,
+            **size,
+        )
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"{name} cannot be built with --input-size {args.input_size}: {error}") from error
+
+
+def read_weights(path: str) -> dict[str, Any]:
+    """`load_checkpoint` with its errors as the user's."""
+    try:
+        return load_checkpoint(path)
+    except CheckpointError as error:
+        raise UserError(str(error)) from error
+
+
+def put_weights(
+    model: nn.Module, checkpoint: dict[str, Any], *, reset_head: bool = False, use_ema: bool = False
+) -> None:
+    """`load_into` with its errors as the user's."""
+    try:
+        load_into(model, extract_state_dict(checkpoint, use_ema=use_ema), reset_head=reset_head)
+    except CheckpointError as error:
+        raise UserError(str(error)) from error
+
+
+def head_size(args: argparse.Namespace, checkpoint: dict[str, Any]) -> int:
+    """Classes that the weights of a checkpoint tell apart.
+
+    Raises:
+        UserError: its head cannot be found.
+    """
+    if args.num_classes:
+        return args.num_classes
+    cfg = timm.get_pretrained_cfg(args.model) if timm.is_model(args.model) else None
+    head = getattr(cfg, "classifier", None)
+    weight = extract_state_dict(checkpoint).get(f"{head}.weight") if isinstance(head, str) else None
+    if weight is None:
+        raise UserError(f"the head of {args.model} was not found in the checkpoint: pass --num-classes")
+    return len(weight)
+
+
+def build_training(model: nn.Module, args: argparse.Namespace, place: Place, num_classes: int) -> TrainState:
+    """The state of a run that has not begun: optimizer, schedule, average, scaler, and the model made parallel.
+
+    Raises:
+        UserError: flags that the model or each other exclude.
+    """
+    model_options(args, model)
+    if args.attn_only:
+        _freeze_all_but_mixers(model, args)
+    if args.grad_checkpointing:
+        try:
+            model.set_grad_checkpointing(True)
+        except (AttributeError, AssertionError) as error:
+            raise UserError(f"--grad-checkpointing: {args.model} cannot: {error or 'leave it out'}") from error
+    ema = None
+    if args.model_ema:
+        # Of the whole model, before it is sharded: parameters of both are sharded alike.
+        ema = ModelEmaV3(
+            model, decay=args.model_ema_decay, device=torch.device("cpu") if args.model_ema_force_cpu else None,
+            foreach=not args.fsdp,
+        )  # fmt: skip
+    if args.fsdp:
+        shard(model)
+        if ema is not None:
+            shard(ema.module)
+    forward = model if args.fsdp else replicate(model, place)
+    if args.compile:
+        forward = torch.compile(forward)
+    optimizer = _build_optimizer(model, args, place)
+    scheduler, _ = create_scheduler_v2(
+        optimizer, sched=args.sched, num_epochs=args.epochs, decay_epochs=args.decay_epochs,
+        decay_rate=args.decay_rate, cooldown_epochs=args.cooldown_epochs, patience_epochs=args.patience_epochs,
+        min_lr=args.min_lr, warmup_lr=args.warmup_lr, warmup_epochs=args.warmup_epochs, warmup_prefix=False,
+        noise=args.lr_noise, noise_pct=args.lr_noise_pct, noise_std=args.lr_noise_std, noise_seed=args.seed,
+    )  # fmt: skip
+    if args.start_epoch:
+        scheduler.step(args.start_epoch - 1, 0.0)
+    scaler = torch.amp.GradScaler(place.device.type) if args.if_amp and args.amp_dtype == "float16" else None
+    return TrainState(model, forward, optimizer, scheduler, ema, scaler, epoch=args.start_epoch)
+
+
+def build_objective(args: argparse.Namespace, place: Place, num_classes: int) -> Objective:
+    """The loss, with its teacher if there is one.
+
+    Raises:
+        UserError: flags that exclude each other, or a teacher that cannot be had.
+    """
+    if args.distillation_type == "none":
+        return Objective(args, num_classes)
+    if not args.teacher_path:
+        raise UserError(f"--distillation-type {args.distillation_type} needs --teacher-path, the teacher's checkpoint")
+    teacher = build_model(args, num_classes, args.teacher_model)
+    put_weights(teacher, read_weights(args.teacher_path))
+    return Objective(args, num_classes, teacher.to(place.device))
+
+
+def _build_optimizer(model: nn.Module, args: argparse.Namespace, place: Place) -> torch.optim.Optimizer:
+    global_batch = args.batch_size * place.world_size * args.grad_accum_steps
+    lr = args.lr if args.unscale_lr else args.lr * global_batch / 512
+    skipped = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    if args.no_a_log_decay:
+        skipped |= {"*.A_log", "*.A_b_log"}
+    if args.layer_decay is None:
+        groups = param_groups_weight_decay(model, args.weight_decay, no_weight_decay_list=skipped)
+    else:
+        groups = param_groups_layer_decay(
+            model, args.weight_decay, no_weight_decay_list=skipped, layer_decay=args.layer_decay
+        )
+    betas = {"betas": tuple(args.opt_betas)} if args.opt_betas else {}
+    try:
+        return create_optimizer_v2(
+            groups, opt=args.opt, lr=lr, weight_decay=0.0, momentum=args.momentum, eps=args.opt_eps, **betas
+        )
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"--opt {args.opt} cannot be built: {error}") from error
+
+
+def _freeze_all_but_mixers(model: nn.Module, args: argparse.Namespace) -> None:
+    """`--attn-only`: train what mixes tokens (a mixer stands where DeiT has attention), the head and the embeddings."""
+    kept = (".mixer.", ".attn.")
+    if not any(part in name for name, _ in model.named_parameters() for part in kept):
+        raise UserError(f"--attn-only trains mixers or attention alone, and {args.model} has neither: leave it out")
+    trained = (*kept, "head.", "pos_embed", "cls_token")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(part in f".{name}" for part in trained))

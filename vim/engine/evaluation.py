@@ -1,0 +1,149 @@
+"""Evaluation: exact over any number of processes, on all classes or on a subset of them, per class."""
+
+import argparse
+import csv
+import json
+import time
+from collections.abc import Callable, Sized
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from timm.utils import accuracy
+from torch import nn
+
+from vim.engine.distributed import Place, largest_over_ranks, sum_over_ranks
+from vim.engine.reporting import Reporter
+from vim.engine.training import autocast, model_options
+from vim.errors import UserError
+
+Keep = Callable[[torch.Tensor, torch.Tensor], None]
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loader: Sized,
+    args: argparse.Namespace,
+    place: Place,
+    reporter: Reporter,
+    keep: Keep | None = None,
+    *,
+    columns: list[int] | None = None,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
+    """Loss (cross-entropy), top-1 and top-5 in percent over the whole set, each sample counted once.
+
+    Args:
+        model: classifier.
+        loader: this process's share of the set, batches of images (B, C, H, W) and class numbers (B,).
+        args, place, reporter: of the run.
+        keep: receives logits (B, K) and targets (B,) of each batch.
+        columns: the model's output for each class of the set, where the set has a subset of the model's classes.
+        stop_requested: asked between batches.
+
+    Returns:
+        The figures; None if a stop was requested in any process before the end.
+    """
+    model.eval()
+    options = model_options(args, model)
+    sums = torch.zeros(5, dtype=torch.float64)
+    reporter.start("evaluate", len(loader))
+    begun, batches = time.perf_counter(), 0
+    for images, targets in loader:
+        # Shards are gathered by all processes together, so there none may leave alone.
+        if stop_requested() and not args.fsdp:
+            sums[4] = 1
+            break
+        images, targets = images.to(place.device, non_blocking=True), targets.to(place.device, non_blocking=True)
+        with autocast(args, place):
+            logits = model(images, **options)
+        batches += 1
+        logits = logits.float() if columns is None else logits.float()[:, columns]
+        loss = F.cross_entropy(logits, targets, reduction="sum")
+        top1, top5 = accuracy(logits, targets, topk=(1, min(5, logits.shape[1])))
+        count = len(targets)
+        batch = [loss.item(), top1.item() * count, top5.item() * count, count, 0]
+        sums += torch.tensor(batch, dtype=torch.float64)
+        reporter.step(loss=loss.item() / count, images=count * place.world_size)
+        if keep is not None:
+            keep(logits, targets)
+    if args.fsdp:
+        shape = (1, args.in_chans, args.input_size, args.input_size)
+        for _ in range(largest_over_ranks(batches, place) - batches):
+            model(torch.zeros(shape, device=place.device), **options)
+    reporter.finish()
+    sums = sum_over_ranks(sums, place).cpu()
+    if sums[4] > 0:
+        return None
+    loss, top1, top5 = (sums[:3] / sums[3].clamp(min=1)).tolist()
+    seconds = time.perf_counter() - begun
+    return {"test_loss": loss, "test_acc1": top1, "test_acc5": top5, "test_images_per_s": sums[3].item() / seconds}
+
+
+class PerClass:
+    """Counts by class, to be passed to `evaluate` as `keep`.
+
+    Args:
+        classes: their names, in the order of their numbers.
+    """
+
+    def __init__(self, classes: list[str]) -> None:
+        self.classes = classes
+        self.counts = torch.zeros(len(classes), 3, dtype=torch.float64)  # images, top-1 hits, top-5 hits
+
+    def __call__(self, logits: torch.Tensor, targets: torch.Tensor) -> None:
+        """Count a batch: logits (B, K), targets (B,)."""
+        hits = (logits.topk(min(5, logits.shape[1])).indices == targets[:, None]).cpu()
+        rows = torch.stack((torch.ones(len(targets)), hits[:, 0], hits.any(1)), dim=1).double()
+        self.counts.index_add_(0, targets.cpu(), rows)
+
+    def write(self, path: Path, place: Place) -> None:
+        """Sum over the processes and write a CSV file: class, images, top-1 and top-5 in percent.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        counts = sum_over_ranks(self.counts, place).cpu()
+        if not place.is_main:
+            return
+        try:
+            with path.open("w", newline="") as file:
+                writer = csv.writer(file)
+                writer.writerow(("class", "images", "top1_percent", "top5_percent"))
+                for name, (images, top1, top5) in zip(self.classes, counts.tolist(), strict=True):
+                    share = 100 / images if images else float("nan")
+                    writer.writerow((name, int(images), f"{top1 * share:.3f}", f"{top5 * share:.3f}"))
+        except OSError as error:
+            raise UserError(f"--per-class-csv {path} cannot be written: {error.strerror}") from error
+
+
+def read_class_index(path: Path, classes: list[str], num_classes: int) -> list[int]:
+    """The model's class number for each class folder of a subset such as ImageNet-R's.
+
+    Args:
+        path: lines of "folder number", or JSON: {"folder": number} or ImageNet's own {"number": ["folder", "name"]}.
+        classes: folders of the set, in the order of their numbers there.
+        num_classes: of the model.
+
+    Raises:
+        UserError: the file cannot be read, or lacks a folder.
+    """
+    try:
+        text = path.read_text()
+        if path.suffix == ".json":
+            content = json.loads(text)
+            entries = {(v[0] if isinstance(v, list) else k): int(k if isinstance(v, list) else v)
+                       for k, v in content.items()}  # fmt: skip
+        else:
+            entries = {name: int(number) for name, number in (line.split() for line in text.splitlines() if line)}
+    except (OSError, ValueError, AttributeError, IndexError, TypeError) as error:
+        raise UserError(
+            f'--class-index {path} cannot be read, expected lines of "folder number" or a JSON mapping: {error}'
+        ) from error
+    if missing := [name for name in classes if name not in entries]:
+        raise UserError(f"--class-index {path} lacks {len(missing)} of the set's folders, {missing[0]} among them")
+    columns = [entries[name] for name in classes]
+    if bad := [c for c in columns if not 0 <= c < num_classes]:
+        raise UserError(f"--class-index {path} has class {bad[0]}, the model has classes 0 to {num_classes - 1}")
+    return columns

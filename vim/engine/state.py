@@ -1,0 +1,112 @@
+"""All that changes while training, and its way into and out of a checkpoint."""
+
+import argparse
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from vim.errors import UserError
+
+_logger = logging.getLogger("vision_mamba")
+
+# Flags that shape the learning rate: where one differs from the checkpoint's, the schedule is that of the new flags.
+_SCHEDULE_FLAGS = (
+    "epochs", "sched", "lr", "lr_noise", "lr_noise_pct", "lr_noise_std", "warmup_lr", "min_lr", "decay_epochs",
+    "warmup_epochs", "cooldown_epochs", "patience_epochs", "decay_rate", "batch_size", "grad_accum_steps", "unscale_lr",
+)  # fmt: skip
+
+
+@dataclass
+class TrainState:
+    """All that changes while training.
+
+    Attributes:
+        model: the bare model; `forward` the same as it is called: sharded, replicated or compiled.
+        epoch, step: the next to run; a step is one batch of each process.
+        best: best top-1 so far, percent.
+        skipped: updates skipped for a loss or gradient that was not finite.
+        loss_sum, norm_sum, updates: sums over this epoch's updates so far.
+    """
+
+    model: nn.Module
+    forward: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    ema: ModelEmaV3 | None
+    scaler: torch.amp.GradScaler | None
+    epoch: int = 0
+    step: int = 0
+    best: float = 0.0
+    skipped: int = 0
+    loss_sum: float = 0.0
+    norm_sum: float = 0.0
+    updates: int = 0
+    stop_requested: bool = field(default=False, compare=False)
+
+    _COUNTERS = ("epoch", "step", "best", "skipped", "loss_sum", "norm_sum", "updates")
+
+    def next_epoch(self) -> None:
+        """Count one epoch as done."""
+        self.epoch, self.step = self.epoch + 1, 0
+        self.loss_sum, self.norm_sum, self.updates = 0.0, 0.0, 0
+
+    def content(self, *, fsdp: bool) -> dict[str, Any]:
+        """What a checkpoint holds of it. Shards are gathered, so all processes must call this where `fsdp` is set."""
+        options = StateDictOptions(full_state_dict=fsdp, cpu_offload=fsdp)
+        return {
+            "model": get_model_state_dict(self.model, options=options),
+            "model_ema": None if self.ema is None else get_model_state_dict(self.ema.module, options=options),
+            # By parameter name, so that a run may go on with other shards or none.
+            "optimizer": get_optimizer_state_dict(self.model, self.optimizer, options=options),
+            "lr_scheduler": self.scheduler.state_dict(),
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
+            **{name: getattr(self, name) for name in self._COUNTERS},
+        }
+
+    def restore(self, checkpoint: dict[str, Any], args: argparse.Namespace, world_size: int) -> None:
+        """Continue from a checkpoint's content; the model's own weights are loaded already.
+
+        Raises:
+            UserError: it does not fit this run.
+        """
+        options = StateDictOptions(full_state_dict=True)
+        try:
+            lr = [group["lr"] for group in self.optimizer.param_groups]
+            set_optimizer_state_dict(self.model, self.optimizer, checkpoint["optimizer"], options=options)
+            if self.scaler is not None and checkpoint["scaler"] is not None:
+                self.scaler.load_state_dict(checkpoint["scaler"])
+            if self.ema is not None and checkpoint["model_ema"] is not None:
+                set_model_state_dict(self.ema.module, checkpoint["model_ema"], options=options)
+            for name in self._COUNTERS:
+                setattr(self, name, checkpoint[name])
+            saved, before = checkpoint["args"], checkpoint["world_size"]
+            changed = [n for n in _SCHEDULE_FLAGS if n in saved and saved[n] != getattr(args, n)]
+            if changed or before != world_size:
+                what = ", ".join(f"--{n.replace('_', '-')}" for n in changed) or "the number of processes"
+                _logger.warning("%s changed since the checkpoint: the learning rate follows the new schedule", what)
+                for group, value in zip(self.optimizer.param_groups, lr, strict=True):
+                    group["lr"] = value
+                if self.epoch > 0:
+                    self.scheduler.step(self.epoch - 1, self.best)
+            else:
+                self.scheduler.load_state_dict(checkpoint["lr_scheduler"])
+            samples, now = self.step * saved["batch_size"] * before, args.batch_size * world_size
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise UserError(f"the checkpoint's training state does not fit this run: {error}") from error
+        if samples % now:
+            raise UserError(
+                f"the checkpoint lies {samples} samples into an epoch, no multiple of {now}, the images of a step now: "
+                f"resume with --batch-size {saved['batch_size']} on {before} processes, or from an epoch's end"
+            )
+        self.step = samples // now
