@@ -1,5 +1,7 @@
 """The mixer on the Triton kernels in Triton's interpreter (or on a GPU), against the reference operators."""
 
+import functools
+
 import pytest
 import torch
 from causal_conv1d_vim import triton_support
@@ -13,12 +15,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def directions(dim, rank, dstate, *, kind):
+def directions(randn, dim, rank, dstate, *, kind):
     def normal(*shape):
-        return (0.5 * torch.randn(shape, device=DEVICE)).requires_grad_()
+        return (0.5 * randn(shape)).requires_grad_()
 
     def poles():
-        return (-4 * torch.rand(dim, dstate, device=DEVICE)).requires_grad_()
+        return (-4 * randn(dim, dstate).sigmoid()).requires_grad_()
 
     return [
         Direction(
@@ -46,21 +48,22 @@ def outputs(xz, ways, dout):
     ],
 )
 def test_matches_the_reference_operators(kind, chunked, dtype, monkeypatch):
-    torch.manual_seed(0)
+    randn = functools.partial(torch.randn, generator=torch.Generator(DEVICE).manual_seed(0), device=DEVICE)
     batch, seqlen, dim = 1, 31 if chunked else 5, 12
     if chunked:
         monkeypatch.setattr(scan, "MIN_CHUNK", 8)
         monkeypatch.setattr(triton_support, "multiprocessors", lambda x: 4)
-    ways = directions(dim, 3, 4, kind=kind)
-    xz = torch.randn(batch, seqlen, 2 * dim, device=DEVICE).to(dtype).requires_grad_()
-    dout = torch.randn(batch, seqlen, dim, device=DEVICE).to(dtype)
+    ways = directions(randn, dim, 3, 4, kind=kind)
+    xz = randn(batch, seqlen, 2 * dim).to(dtype).requires_grad_()
+    dout = randn(batch, seqlen, dim).to(dtype)
     with use_backend("reference"):
         expected = outputs(xz, ways, dout)
     with use_backend("triton"):
         actual = outputs(xz, ways, dout)
         assert triton.why_not(xz, ways) is None
     # Float32: sums of a few hundred terms in another order, through four matrix products: 1e-5 in the norm. Bfloat16:
-    # intermediate results are rounded to 2^-9 at each of about ten places, and sums over tokens cancel.
+    # results are rounded at about ten places on either side, by up to 2^-7 in the interpreter (it cuts bits off); as
+    # independent errors of half of that they come to 2^-8 * sqrt(20) = 0.017, and sums over tokens cancel.
     limit = 1e-5 if dtype == torch.float32 else 5e-2
     for index, (a, e) in enumerate(zip(actual, expected, strict=True)):
         assert ((a.double() - e.double()).norm() / e.double().norm()).item() < limit, index

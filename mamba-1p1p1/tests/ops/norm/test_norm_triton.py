@@ -1,5 +1,7 @@
 """The Triton add+norm in Triton's interpreter (or on a GPU), against the reference in float64."""
 
+import functools
+
 import pytest
 import torch
 from causal_conv1d_vim import triton_support
@@ -28,14 +30,16 @@ def error(actual, expected):
     ],
 )
 def test_matches_reference(shape, dtype, residual_dtype, full, rms):
-    torch.manual_seed(1)
-    x = torch.randn(shape, device=DEVICE).to(dtype)
-    residual = (torch.randn(shape, device=DEVICE) + 0.5).to(residual_dtype) if full else None
-    weight = torch.randn(shape[-1], device=DEVICE)
-    bias = torch.randn(shape[-1], device=DEVICE) if full else None
+    randn = functools.partial(torch.randn, generator=torch.Generator(DEVICE).manual_seed(1), device=DEVICE)
+    x = randn(shape).to(dtype)
+    residual = (randn(shape) + 0.5).to(residual_dtype) if full else None
+    weight = randn(shape[-1])
+    bias = randn(shape[-1]) if full else None
     flags = {"eps": 1e-5, "rms": rms}
-    # Float32 sums of at most a few hundred terms: 4e-6 in the norm; narrow results add their rounding.
-    limits = {torch.float32: 4e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
+    # Float32 sums of at most a few hundred terms: 4e-6 in the norm; narrow results add their rounding, and Triton's
+    # interpreter cuts the last bits of a bfloat16 off instead, which errs by up to twice as much.
+    bfloat16 = 2**-7 if triton_support.interpreting() else 2**-8
+    limits = {torch.float32: 4e-6, torch.bfloat16: bfloat16 + 4e-6, torch.float16: 2**-10}
     y, total, mean, rstd = backend.forward(x, residual, weight, bias, **flags, residual_dtype=residual_dtype)
     wide = [None if t is None else t.double() for t in (x, residual, weight, bias)]
     expected = reference.forward(*wide, **flags, residual_dtype=torch.float64)
@@ -43,8 +47,8 @@ def test_matches_reference(shape, dtype, residual_dtype, full, rms):
     assert error(y, expected[0]) < limits[dtype]
     assert error(total, expected[1]) < limits[residual_dtype]
     assert (mean is None) == rms
-    dy = torch.randn(shape, device=DEVICE).to(dtype)
-    dtotal = torch.randn(shape, device=DEVICE).to(residual_dtype) if full else None
+    dy = randn(shape).to(dtype)
+    dtotal = randn(shape).to(residual_dtype) if full else None
     grads = backend.backward(dy, dtotal, total, weight, bias, mean, rstd, rms=rms, x_dtype=dtype)
     # The reference's own statistics of the same rounded sum, in float64.
     t = total.double()
