@@ -1,9 +1,10 @@
 """Rate of the native selective scan against length, width and threads, and against the machine's measured FMA rate.
 
-    python benchmarks/scan.py [--quick] [--out output/benchmarks]
+    python benchmarks/scan.py [--quick] [--reference] [--out output/benchmarks]
 
 Prints a table, writes scan.csv and scan.png. "Floor" is the time that the arithmetic alone would take at the measured
-FMA rate: see docs/kernels.md for the counts.
+FMA rate: see docs/kernels.md for the counts. With --reference it also measures the pure PyTorch reference on one core,
+for batches of 1 and 8 (columns over_reference_*: how many times faster the native scan is).
 """
 
 import argparse
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import matplotlib
 import torch
+from causal_conv1d_vim import use_backend
 from mamba_ssm_vim.native import library
 from mamba_ssm_vim.ops.selective_scan import cpu, selective_scan
 from rich.console import Console
@@ -30,6 +32,7 @@ import matplotlib.pyplot as plt
 PER_UPDATE = {"avx512": 11, "avx2": 10, "baseline": 18}
 PER_UPDATE_BACKWARD = {"avx512": 19, "avx2": 18, "baseline": 28}
 PER_ELEMENT = 45
+REFERENCE = ("over_reference_fwd", "over_reference_fwd_bwd")
 
 
 def fma_rate(seconds: float = 0.2) -> float:
@@ -83,6 +86,33 @@ def measure(batch: int, seqlen: int, dim: int, states: int, threads: int, second
     }  # fmt: skip
 
 
+def over_reference(batch: int, seqlen: int, dim: int, states: int, seconds: float) -> dict[str, float]:
+    """How many times longer the reference takes on one core: forward, and forward with backward through autograd."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    u, z, dout = (torch.randn(batch, seqlen, dim) for _ in range(3))
+    B, C = (torch.randn(batch, seqlen, 1, states) for _ in range(2))
+    inputs = [u, torch.randn(batch, seqlen, dim) - 3, -torch.rand(dim, states) * states, B, C, torch.ones(dim), z]
+    inputs = [t.requires_grad_() for t in (*inputs, torch.zeros(dim))]
+
+    def forward() -> torch.Tensor:
+        return selective_scan(*inputs, delta_softplus=True)
+
+    def inference() -> None:
+        with torch.no_grad():
+            forward()
+
+    times = {}
+    for backend in ("cpu", "reference"):
+        with use_backend(backend):
+            both = median_seconds(lambda: torch.autograd.grad(forward(), inputs, dout), seconds)
+            times[backend] = (median_seconds(inference, seconds), both)
+    return {
+        "over_reference_fwd": times["reference"][0] / times["cpu"][0],
+        "over_reference_fwd_bwd": times["reference"][1] / times["cpu"][1],
+    }
+
+
 def call_overhead() -> float:
     """Microseconds of one eager `selective_scan` call on a single token and channel: everything but the work."""
     torch.set_num_threads(1)
@@ -95,6 +125,7 @@ def call_overhead() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer shapes, under half a minute")
+    parser.add_argument("--reference", action="store_true", help="also compare with the pure PyTorch reference")
     parser.add_argument("--out", type=Path, default=Path("output/benchmarks"), help="folder of the CSV and PNG")
     args = parser.parse_args()
     if library.reason is not None:
@@ -104,12 +135,17 @@ def main() -> None:
     seconds = 0.3 if args.quick else 1.0
     lengths = (197, 6085) if args.quick else (64, 197, 730, 2048, 6085)
     shapes = [(1, length, 384, 16, 1) for length in lengths]
-    shapes += [(2, 197, 384, 16, 1), (2, 197, 384, 16, cores), (1, 6085, 384, 16, cores)]
+    shapes += [(8, 197, 384, 16, 1), (2, 197, 384, 16, 1), (2, 197, 384, 16, cores), (1, 6085, 384, 16, cores)]
     if not args.quick:
         shapes += [(1, 197, dim, 16, 1) for dim in (192, 768, 1536)] + [(1, 197, 384, n, 1) for n in (8, 64)]
     rows = [measure(*shape, seconds, fma) for shape in shapes]
+    if args.reference:
+        for row in rows:
+            compared = (row["len"], row["dim"], row["states"], row["threads"]) == (197, 384, 16, 1)
+            compared = compared and row["batch"] in (1, 8)
+            row |= over_reference(row["batch"], 197, 384, 16, seconds) if compared else dict.fromkeys(REFERENCE, "")
 
-    console = Console()
+    console = Console(width=180)
     table = Table(title=f"selective scan, float32, {library.instruction_set}, {fma / 1e9:.0f} G multiply-adds/s a core")
     for name in rows[0]:
         table.add_column(name)
