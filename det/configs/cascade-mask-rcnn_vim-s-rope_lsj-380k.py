@@ -1,0 +1,2 @@
+_base_ = ["./cascade-mask-rcnn_vim-s_lsj-380k.py"]
+model = dict(backbone=dict(if_rope=True, if_rope_residual=True))

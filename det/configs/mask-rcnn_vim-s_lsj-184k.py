@@ -1,0 +1,2 @@
+_base_ = ["./mask-rcnn_vim-t_lsj-184k.py"]
+model = dict(backbone=dict(arch="vim_small_patch16_224"), neck=dict(in_channels=384))

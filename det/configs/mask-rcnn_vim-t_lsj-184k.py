@@ -1,0 +1,1 @@
+_base_ = ["./_base_/vim_mask_rcnn.py", "./_base_/schedule_184k.py"]

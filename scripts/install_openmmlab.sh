@@ -1,0 +1,104 @@
+#!/usr/bin/env bash
+# Install the OpenMMLab stack that det/ and seg/ stand on: mmengine, mmcv with its compiled operators, mmdet and mmseg.
+# mmcv has no wheels for current PyTorch, so it is compiled from its source release once (about 22 minutes on 2 cores);
+# the wheel is kept in ${XDG_CACHE_HOME:-$HOME/.cache}/vision-mamba/wheels and reused while Python, PyTorch and the kind
+# of device stay the same.
+# Environment: PYTHON (the interpreter to install into; default .venv/bin/python, which is made if missing),
+# FORCE_CUDA=1 or 0 (compile mmcv's CUDA operators or not; default: if a GPU is there), MAX_JOBS (parallel compilers).
+set -euo pipefail
+root="$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+
+mmcv=2.1.0
+requirements=("mmengine==0.10.7" "mmdet==3.3.0" "mmsegmentation==1.2.2")
+# What these import and need not have: mmengine asks for opencv-python, whose windows need libraries servers lack.
+# pkg_resources, which mmcv imports, left setuptools in version 81.
+dependencies=("setuptools<81" wheel ninja "numpy>=2" "opencv-python-headless>=4.10,<5" addict yapf termcolor
+    pyyaml rich matplotlib packaging pycocotools scipy shapely six terminaltables tqdm prettytable ftfy regex)
+
+if [ -z "${PYTHON:-}" ]; then
+    PYTHON="$root/.venv/bin/python"
+    if [ ! -x "$PYTHON" ] || ! "$PYTHON" -c "import torch, vim" 2>/dev/null; then
+        # shellcheck source=scripts/_setup.sh
+        (unset PYTHON && source "$root/scripts/_setup.sh" && install_project "")
+    fi
+fi
+if ! "$PYTHON" -c "import torch" 2>/dev/null; then
+    echo "error: $PYTHON has no torch: install requirements.txt into it first, or leave PYTHON unset to use .venv" >&2
+    exit 2
+fi
+pip=("$PYTHON" -m pip --disable-pip-version-check)
+
+device="$("$PYTHON" - <<'PYTHON'
+import os
+
+import torch
+
+cuda = os.environ.get("FORCE_CUDA", "1" if torch.cuda.is_available() else "0") == "1"
+if cuda and torch.version.cuda:
+    archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or ".".join(map(str, torch.cuda.get_device_capability()))
+    print(f"cu{torch.version.cuda}-sm{archs}".replace(" ", "_").replace(";", "_"))
+else:
+    print("cpu")
+PYTHON
+)"
+tag="$("$PYTHON" -c 'import sys, platform, torch
+print(f"cp{sys.version_info[0]}{sys.version_info[1]}-torch{torch.__version__}-{platform.machine()}")')"
+wheels="${XDG_CACHE_HOME:-$HOME/.cache}/vision-mamba/wheels/mmcv-$mmcv-$tag-$device"
+
+echo "== installing ${requirements[*]} and what they need"
+"${pip[@]}" install --quiet --progress-bar on "${dependencies[@]}"
+"${pip[@]}" install --quiet --no-deps "${requirements[@]}"
+
+build_mmcv() {
+    local work log
+    work="$(mktemp -d)"
+    log="$work/build.log"
+    "${pip[@]}" download --quiet --no-binary mmcv --no-deps --no-build-isolation --dest "$work" "mmcv==$mmcv"
+    tar -xf "$work/mmcv-$mmcv.tar.gz" -C "$work"
+    # The headers of PyTorch 2.15 are C++20; mmcv asks for C++14 or C++17.
+    sed -i 's/-std=c++1[47]/-std=c++20/g' "$work/mmcv-$mmcv/setup.py"
+    grep -q -- '-std=c++20' "$work/mmcv-$mmcv/setup.py"
+    export MMCV_WITH_OPS=1 MAX_JOBS="${MAX_JOBS:-$(nproc)}"
+    if [ "$device" = cpu ]; then
+        # CUDA_VISIBLE_DEVICES: mmcv compiles for CUDA whenever it sees a GPU.
+        export FORCE_CUDA=0 CUDA_VISIBLE_DEVICES=""
+    else
+        export FORCE_CUDA=1
+    fi
+    echo "== compiling mmcv $mmcv for $device with $MAX_JOBS compilers (log: $log)"
+    # From ninja's lines only the count and the file's name are shown.
+    if ! PATH="$(dirname "$PYTHON"):$PATH" "${pip[@]}" wheel --verbose --no-deps --no-build-isolation \
+        --wheel-dir "$work/wheel" "$work/mmcv-$mmcv" 2>&1 | tee "$log" |
+        sed -nuE 's|^ *(\[[0-9]+/[0-9]+\]) .*/([A-Za-z0-9_]+)\.o .*|\1 \2|p'; then
+        grep -E "error|Error" "$log" | head -20 >&2 || true
+        echo "error: mmcv did not compile; the whole log is $log. A C++20 compiler (gcc >= 11) is needed," \
+            "and nvcc for CUDA (FORCE_CUDA=0 compiles for CPUs only)" >&2
+        exit 1
+    fi
+    mkdir -p "$wheels"
+    mv "$work"/wheel/mmcv-*.whl "$wheels/"
+    rm -rf "$work"
+}
+
+if compgen -G "$wheels/mmcv-*.whl" >/dev/null; then
+    echo "== mmcv $mmcv: using the wheel in $wheels"
+else
+    build_mmcv
+fi
+"${pip[@]}" install --quiet --no-deps --force-reinstall "$wheels"/mmcv-*.whl
+
+"$PYTHON" - <<'PYTHON'
+import mmcv
+import mmdet
+import mmengine
+import mmseg
+import torch
+from mmcv.ops import nms, roi_align
+
+boxes = torch.tensor([[0.0, 0.0, 9.0, 9.0], [1.0, 1.0, 9.0, 9.0], [20.0, 20.0, 30.0, 30.0]])
+kept = nms(boxes, torch.tensor([0.9, 0.8, 0.7]), 0.5)[1]
+assert kept.tolist() == [0, 2], kept
+assert roi_align(torch.ones(1, 1, 8, 8), torch.tensor([[0.0, 0.0, 0.0, 4.0, 4.0]]), 2).shape == (1, 1, 2, 2)
+versions = ", ".join(f"{m.__name__} {m.__version__}" for m in (mmengine, mmcv, mmdet, mmseg))
+print(f"ready: {versions}; mmcv's operators work")
+PYTHON

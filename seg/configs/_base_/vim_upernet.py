@@ -1,0 +1,52 @@
+# Vim-Ti with UperNet: maps after blocks 6, 12, 18 and 24, brought to strides 4, 8, 16 and 32.
+norm_cfg = dict(type="SyncBN", requires_grad=True)
+model = dict(
+    type="EncoderDecoder",
+    data_preprocessor=dict(
+        type="SegDataPreProcessor",
+        mean=[123.675, 116.28, 103.53],
+        std=[58.395, 57.12, 57.375],
+        bgr_to_rgb=True,
+        pad_val=0,
+        seg_pad_val=255,
+        size=(512, 512),
+        # Pictures smaller than a window keep whole patches.
+        test_cfg=dict(size_divisor=32),
+    ),
+    backbone=dict(
+        type="VimBackbone",
+        arch="vim_tiny_patch16_224",
+        img_size=512,
+        out_indices=(5, 11, 17, 23),
+        class_token="remove",
+        drop_path_rate=0.0,
+    ),
+    neck=dict(type="Feature2Pyramid", embed_dim=192, rescales=[4, 2, 1, 0.5], norm_cfg=norm_cfg),
+    decode_head=dict(
+        type="UPerHead",
+        in_channels=[192, 192, 192, 192],
+        in_index=[0, 1, 2, 3],
+        pool_scales=(1, 2, 3, 6),
+        channels=192,
+        dropout_ratio=0.1,
+        num_classes=150,
+        norm_cfg=norm_cfg,
+        align_corners=False,
+        loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=1.0),
+    ),
+    auxiliary_head=dict(
+        type="FCNHead",
+        in_channels=192,
+        in_index=2,
+        channels=256,
+        num_convs=1,
+        concat_input=False,
+        dropout_ratio=0.1,
+        num_classes=150,
+        norm_cfg=norm_cfg,
+        align_corners=False,
+        loss_decode=dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=0.4),
+    ),
+    train_cfg=dict(),
+    test_cfg=dict(mode="slide", crop_size=(512, 512), stride=(341, 341)),
+)

@@ -1,0 +1,1 @@
+_base_ = ["./_base_/vim_upernet.py", "./_base_/schedule_160k.py"]

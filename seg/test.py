@@ -1,0 +1,9 @@
+"""Evaluate segmentation (mmseg 1) with a Vim backbone: `python seg/test.py seg/configs/NAME.py CHECKPOINT`."""
+
+import sys
+from functools import partial
+
+from vim.dense.cli import evaluate, run_main
+
+if __name__ == "__main__":
+    sys.exit(run_main(partial(evaluate, "seg")))

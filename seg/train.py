@@ -1,0 +1,9 @@
+"""Train segmentation (mmseg 1) with a Vim backbone: `python seg/train.py seg/configs/NAME.py`; see --help."""
+
+import sys
+from functools import partial
+
+from vim.dense.cli import run_main, train
+
+if __name__ == "__main__":
+    sys.exit(run_main(partial(train, "seg")))

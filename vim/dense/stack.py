@@ -1,0 +1,57 @@
+"""The OpenMMLab packages: whether they are there and whole, and what lets current PyTorch read their checkpoints."""
+
+import importlib
+import warnings
+
+import numpy as np
+import torch
+
+from vim.errors import UserError
+
+INSTALL = "bash scripts/install_openmmlab.sh"
+
+
+def require_stack(*packages: str) -> None:
+    """Import mmengine, mmcv with its compiled operators and `packages`, and make mmengine's checkpoints readable.
+
+    Raises:
+        UserError: one is missing or of a version the others refuse, or mmcv came without operators.
+    """
+    # mmcv imports pkg_resources, which announces its own end; mmdet does so on every import of its registry.
+    warnings.filterwarnings("ignore", message="pkg_resources is deprecated", category=UserWarning)
+    for package in ("mmengine", "mmcv", *packages):
+        try:
+            importlib.import_module(package)
+        except ModuleNotFoundError as error:
+            raise UserError(f"{error.name} is not installed: run {INSTALL}") from error
+        except (ImportError, AssertionError) as error:
+            raise UserError(f"{package} cannot be imported ({error}): run {INSTALL}") from error
+    try:
+        importlib.import_module("mmcv.ops")
+    except (ImportError, AssertionError) as error:
+        raise UserError(
+            f"mmcv was installed without its compiled operators, or for another PyTorch ({_first_line(error)}): "
+            f"run {INSTALL}"
+        ) from error
+    _allow_runner_checkpoints()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _allow_runner_checkpoints() -> None:
+    """Let `torch.load(weights_only=True)` read what mmengine's Runner saves beside the weights: logged histories.
+
+    These types hold numbers and strings and run nothing when unpickled, so a checkpoint stays as harmless as one of
+    bare tensors; anything beyond them is still refused.
+    """
+    from mmengine.logging import HistoryBuffer
+
+    multiarray = np._core.multiarray
+    allowed = [HistoryBuffer, np.ndarray, np.dtype, multiarray._reconstruct, multiarray.scalar]
+    allowed += [getattr(np.dtypes, f"{kind}DType") for kind in ("Float32", "Float64", "Int32", "Int64", "Bool")]
+    # What NumPy 1 called the same functions.
+    allowed += [(multiarray._reconstruct, "numpy.core.multiarray._reconstruct")]
+    allowed += [(multiarray.scalar, "numpy.core.multiarray.scalar")]
+    torch.serialization.add_safe_globals(allowed)
