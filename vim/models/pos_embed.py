@@ -15,7 +15,14 @@ def class_positions(class_token: str, num_patches: int) -> list[int]:
         class_token: "none", "head" (first), "middle" (index num_patches // 2) or "double" (first and last).
         num_patches: number M of patch tokens.
     """
-    return {"none": [], "head": [0], "middle": [num_patches // 2], "double": [0, num_patches + 1]}[class_token]
+    positions: list[int] = []
+    if class_token == "head" or class_token == "double":
+        positions.append(0)
+    if class_token == "middle":
+        positions.append(num_patches // 2)
+    if class_token == "double":
+        positions.append(num_patches + 1)
+    return positions
 
 
 def split_class_tokens(tokens: torch.Tensor, positions: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,24 +32,27 @@ def split_class_tokens(tokens: torch.Tensor, positions: list[int]) -> tuple[torc
         tokens: the sequence.
         positions: increasing indices of the class tokens in it.
     """
-    if not positions:
+    if len(positions) == 0:
         return tokens[:, :0], tokens
-    pieces, start = [], 0
+    class_tokens, pieces, start = [tokens[:, :0]], [tokens[:, :0]], 0
     for position in positions:
+        class_tokens.append(tokens[:, position : position + 1])
         pieces.append(tokens[:, start:position])
         start = position + 1
     pieces.append(tokens[:, start:])
-    return torch.cat([tokens[:, p : p + 1] for p in positions], dim=1), torch.cat(pieces, dim=1)
+    return torch.cat(class_tokens, dim=1), torch.cat(pieces, dim=1)
 
 
 def insert_class_tokens(patches: torch.Tensor, class_tokens: torch.Tensor, positions: list[int]) -> torch.Tensor:
     """The inverse of `split_class_tokens`: patches (B, M, D) and class tokens (B, K, D) → (B, M + K, D)."""
-    pieces, start = [], 0
+    pieces, start = [patches[:, :0]], 0
     for k, position in enumerate(positions):
         end = position - k
-        pieces += [patches[:, start:end], class_tokens[:, k : k + 1]]
+        pieces.append(patches[:, start:end])
+        pieces.append(class_tokens[:, k : k + 1])
         start = end
-    return torch.cat([*pieces, patches[:, start:]], dim=1)
+    pieces.append(patches[:, start:])
+    return torch.cat(pieces, dim=1)
 
 
 def infer_grid(num_patches: int) -> tuple[int, int]:
@@ -80,15 +90,28 @@ def resample_pos_embed(
     Raises:
         ValueError: the rows of `pos_embed` do not fit the grid, or class rows are asked for that are not there.
     """
-    if new_class_token is None:
-        new_class_token = class_token
     num_patches = pos_embed.shape[1] - len(class_positions(class_token, 0))
-    old_grid = old_grid or infer_grid(num_patches)
+    if old_grid is None:
+        old_grid = infer_grid(num_patches)
     if old_grid[0] * old_grid[1] != num_patches:
         raise ValueError(f"{num_patches} position embeddings of patches do not fit a grid of {old_grid}")
+    return resample_grid(pos_embed, new_grid, old_grid, class_token, new_class_token or class_token)
+
+
+def resample_grid(
+    pos_embed: torch.Tensor,
+    new_grid: tuple[int, int],
+    old_grid: tuple[int, int],
+    class_token: str,
+    new_class_token: str,
+) -> torch.Tensor:
+    """`resample_pos_embed` with everything given, in the subset of Python that TorchScript compiles."""
+    num_patches = old_grid[0] * old_grid[1]
     class_rows, patches = split_class_tokens(pos_embed, class_positions(class_token, num_patches))
-    if tuple(old_grid) != tuple(new_grid):
-        patches = resample_abs_pos_embed(patches, list(new_grid), list(old_grid), num_prefix_tokens=0)
+    if old_grid[0] != new_grid[0] or old_grid[1] != new_grid[1]:
+        patches = resample_abs_pos_embed(
+            patches, [new_grid[0], new_grid[1]], [old_grid[0], old_grid[1]], num_prefix_tokens=0
+        )
     positions = class_positions(new_class_token, new_grid[0] * new_grid[1])
     if len(positions) > class_rows.shape[1]:
         raise ValueError(

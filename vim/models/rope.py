@@ -17,17 +17,17 @@ def rotary_tables(
         theta: base of the frequencies.
     """
     half = dim // 2
-    frequencies = theta ** -(torch.arange(0, half, 2, dtype=torch.float32) / half)
-    angles = [
-        torch.outer(torch.arange(n, dtype=torch.float32) / n * pretrain_side, frequencies).repeat_interleave(2, dim=1)
-        for n in grid
-    ]
-    rows, columns = grid
-    table = torch.cat(
-        [angles[0][:, None].expand(rows, columns, half), angles[1][None].expand(rows, columns, half)], dim=-1
-    )
-    table = table.reshape(rows * columns, dim)
+    frequencies = torch.pow(theta, -torch.arange(0, half, 2, dtype=torch.float32) / half)
+    rows = _angles(grid[0], frequencies, pretrain_side)[:, None].expand(grid[0], grid[1], half)
+    columns = _angles(grid[1], frequencies, pretrain_side)[None].expand(grid[0], grid[1], half)
+    table = torch.cat([rows, columns], dim=-1).reshape(grid[0] * grid[1], dim)
     return table.cos(), table.sin()
+
+
+def _angles(count: int, frequencies: torch.Tensor, pretrain_side: int) -> torch.Tensor:
+    """Angles (count, 2 * frequencies) of positions 0 to count - 1, each twice: for both channels of a pair."""
+    steps = torch.arange(count, dtype=torch.float32) / count * pretrain_side
+    return torch.outer(steps, frequencies).repeat_interleave(2, dim=1)
 
 
 class RotaryEmbedding2d(nn.Module):
@@ -51,15 +51,10 @@ class RotaryEmbedding2d(nn.Module):
         cos, sin = rotary_tables(self.dim, grid, self.pretrain_side)
         self.freqs_cos, self.freqs_sin = cos.to(self.freqs_cos), sin.to(self.freqs_sin)
 
-    def tables(self, grid: tuple[int, int], own_grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tables of `grid`: the buffers if that is the module's own, else made on the fly."""
-        if grid == own_grid:
-            return self.freqs_cos, self.freqs_sin
-        return tuple(t.to(self.freqs_cos) for t in rotary_tables(self.dim, grid, self.pretrain_side))
-
 
 def rotate(patches: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """(B, M, D) with tables (M, D) → (B, M, D): pairs (a, b) become (a cos - b sin, b cos + a sin)."""
-    a, b = patches.unflatten(-1, (-1, 2)).unbind(-1)
+    pairs = patches.unflatten(-1, (-1, 2))
+    a, b = pairs[..., 0], pairs[..., 1]
     turned = torch.stack((-b, a), dim=-1).flatten(-2)
     return patches * cos.to(patches.dtype) + turned * sin.to(patches.dtype)

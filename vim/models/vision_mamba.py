@@ -1,93 +1,29 @@
 """Vision Mamba (arXiv 2401.09417): a bidirectional state-space backbone over image patches.
 
 Legend: B batch, M patch tokens, L = M + class tokens, D model width.
+
+The class compiles under torch.compile, torch.export and TorchScript, and torch.fx traces it; what branches on shapes or
+flags lives in `tokens.py` and `layers.py`, which the tracer takes as leaves.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from mamba_ssm_vim import Mamba, RMSNorm, add_norm
-from timm.layers import DropPath, lecun_normal_, resample_patch_embed, to_2tuple, trunc_normal_
+from mamba_ssm_vim import Mamba, RMSNorm
+from timm.layers import DropPath, lecun_normal_, resample_patch_embed, trunc_normal_
 from timm.models._features import feature_take_indices
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from vim.models.pos_embed import class_positions, insert_class_tokens, resample_pos_embed, split_class_tokens
-from vim.models.rope import RotaryEmbedding2d, rotate
+from vim.models.layers import Block, PatchEmbed, checked_size, residual_norm
+from vim.models.pos_embed import class_positions, resample_pos_embed, split_class_tokens
+from vim.models.rope import RotaryEmbedding2d
+from vim.models.tokens import check_images, embed_tokens, pool_features, pool_tokens, rotate_tokens
 
 FINAL_POOL_TYPES = ("none", "mean", "max", "all")
 _GLOBAL_POOLS = {"token": None, "avg": "mean", "max": "max", "last": "none", "": "all"}
-
-
-class PatchEmbed(nn.Module):
-    """Patch convolution with a stride of its own: (B, C, H, W) → tokens (B, M, D) in raster order."""
-
-    def __init__(self, img_size: Any, patch_size: Any, stride: Any, channels: int, embed_dim: int) -> None:
-        super().__init__()
-        self.patch_size, self.stride = to_2tuple(patch_size), to_2tuple(stride)
-        self.img_size = to_2tuple(img_size)
-        self.grid_size = self.dynamic_feat_size(self.img_size)
-        self.proj = nn.Conv2d(channels, embed_dim, self.patch_size, self.stride)
-
-    @property
-    def num_patches(self) -> int:
-        """Patches of an image of the module's size."""
-        return self.grid_size[0] * self.grid_size[1]
-
-    def dynamic_feat_size(self, img_size: Sequence[int]) -> tuple[int, int]:
-        """Rows and columns of patches of an image.
-
-        Raises:
-            ValueError: the image is smaller than a patch.
-        """
-        if len(img_size) != 2 or any(
-            not isinstance(s, int) or s < p for s, p in zip(img_size, self.patch_size, strict=True)
-        ):
-            raise ValueError(
-                f"img_size is {tuple(img_size)}: expected (height, width), each at least the patch size "
-                f"{self.patch_size}"
-            )
-        rows, columns = ((s - p) // t + 1 for s, p, t in zip(img_size, self.patch_size, self.stride, strict=True))
-        return rows, columns
-
-    def feat_ratio(self, as_scalar: bool = True) -> tuple[int, int] | int:
-        """Pixels per token along each axis."""
-        return max(self.stride) if as_scalar else self.stride
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) → (B, M, D)."""
-        return self.proj(x).flatten(2).transpose(1, 2)
-
-
-class Block(nn.Module):
-    """Residual add and norm, then the mixer; the residual stream is carried beside the hidden states."""
-
-    def __init__(
-        self, dim: int, mixer: Mamba, norm: nn.Module, drop_path: float, residual_dtype: torch.dtype | None
-    ) -> None:
-        super().__init__()
-        self.mixer, self.norm = mixer, norm
-        self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
-        self.residual_dtype = residual_dtype
-
-    def forward(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """hidden (B, L, D) and residual (B, L, D) or None → the same pair after this block."""
-        if residual is not None:
-            hidden = self.drop_path(hidden)
-        hidden, residual = apply_add_norm(self.norm, hidden, residual, self.residual_dtype)
-        return self.mixer(hidden), residual
-
-
-def apply_add_norm(
-    norm: nn.Module, hidden: torch.Tensor, residual: torch.Tensor | None, residual_dtype: torch.dtype | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Add hidden to the residual stream and normalise with an RMSNorm or LayerNorm module."""
-    return add_norm(
-        hidden, residual, norm.weight, norm.bias, eps=norm.eps, rms=isinstance(norm, RMSNorm),
-        residual_dtype=residual_dtype,
-    )  # fmt: skip
 
 
 class VisionMamba(nn.Module):
@@ -119,17 +55,22 @@ class VisionMamba(nn.Module):
             `use_double_cls_token`.
         dynamic_img_size: accept any image size the grid serves in `forward`, resampling the position embedding.
         in_chans, global_pool: timm's names: channels, and "token", "avg", "max", "last" or "".
+        device, dtype: where and as what the parameters are made; A, D and the step's bias stay float32.
+
+    The flags of the published signature do not exclude each other: `use_double_cls_token` goes before
+    `use_middle_cls_token`, both are about a class token only (`if_cls_token`), `if_divide_out` about "v2" only, and
+    with a class token `final_pool_type` is not asked.
 
     Raises:
-        ValueError: arguments that cannot be combined, with the reason.
+        ValueError: arguments that cannot be combined, or values out of range, with the reason.
     """
 
     def __init__(
         self,
         *,
         img_size: int | tuple[int, int] = 224,
-        patch_size: int = 16,
-        stride: int = 16,
+        patch_size: int | tuple[int, int] = 16,
+        stride: int | tuple[int, int] = 16,
         depth: int = 24,
         embed_dim: int = 192,
         d_state: int = 16,
@@ -157,28 +98,40 @@ class VisionMamba(nn.Module):
         dynamic_img_size: bool = False,
         in_chans: int | None = None,
         global_pool: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        channels = channels if in_chans is None else in_chans
+        for name, value, least in (
+            ("depth", depth, 1), ("embed_dim", embed_dim, 1), ("d_state", d_state, 1), ("in_chans", channels, 1),
+            ("num_classes", num_classes, 0),
+        ):  # fmt: skip
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} is {value!r}, expected a whole number of at least {least}")
+        for name, rate in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate)):
+            if not 0.0 <= rate < 1.0:
+                raise ValueError(f"{name} is {rate!r}, expected a probability below 1")
         if if_rope_residual and not if_rope:
             raise ValueError("if_rope_residual needs if_rope=True: there is no rotary table to turn the residual with")
         if if_rope and embed_dim % 4:
             raise ValueError(f"if_rope needs embed_dim to be a multiple of 4, got {embed_dim}")
         if if_bidirectional and depth % 2:
             raise ValueError(f"if_bidirectional pairs the blocks, so depth must be even, got {depth}")
-        if if_bidirectional and bimamba_type != "none":
+        if if_bidirectional and bimamba_type not in ("none", None):
             raise ValueError(
                 f"if_bidirectional already runs every second block backwards: use bimamba_type='none', "
                 f"got {bimamba_type!r}"
             )
         if final_pool_type not in FINAL_POOL_TYPES:
             raise ValueError(f"final_pool_type is {final_pool_type!r}, expected one of {', '.join(FINAL_POOL_TYPES)}")
-        channels = channels if in_chans is None else in_chans
+        factory = {"device": device, "dtype": dtype}
         self.num_classes, self.drop_rate, self.depth = num_classes, drop_rate, depth
         self.embed_dim = self.num_features = self.head_hidden_size = embed_dim
         self.in_chans = channels
         self.if_bidirectional, self.if_rope_residual = if_bidirectional, if_rope_residual
         self.dynamic_img_size, self.grad_checkpointing = dynamic_img_size, False
-        self.residual_dtype = torch.float32 if residual_in_fp32 else None
+        self.rms_norm, self.residual_in_fp32 = rms_norm, residual_in_fp32
         if not if_cls_token:
             self.class_token = "none"
         elif use_double_cls_token:
@@ -189,19 +142,23 @@ class VisionMamba(nn.Module):
         default_pool = next(k for k, v in _GLOBAL_POOLS.items() if v == final_pool_type)
         self.global_pool = self._checked_pool(global_pool, "token" if if_cls_token else default_pool)
 
-        self.patch_embed = PatchEmbed(img_size, patch_size, stride, channels, embed_dim)
+        self.patch_embed = PatchEmbed(img_size, patch_size, stride, channels, embed_dim, **factory)
         for name in {"none": [], "double": ["cls_token_head", "cls_token_tail"]}.get(self.class_token, ["cls_token"]):
-            self.register_parameter(name, nn.Parameter(torch.zeros(1, 1, embed_dim)))
+            self.register_parameter(name, nn.Parameter(torch.zeros(1, 1, embed_dim, **factory)))
         num_tokens = self.patch_embed.num_patches + self.num_prefix_tokens
-        self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, embed_dim)) if if_abs_pos_embed else None
+        pos_embed = nn.Parameter(torch.zeros(1, num_tokens, embed_dim, **factory)) if if_abs_pos_embed else None
+        self.register_parameter("pos_embed", pos_embed)
         self.pos_drop = nn.Dropout(drop_rate)
         self.rope = RotaryEmbedding2d(embed_dim, self.patch_embed.grid_size, pt_hw_seq_len) if if_rope else None
+        if self.rope is not None:
+            self.rope.to(device)
 
-        norm_layer: Callable[..., nn.Module] = partial(RMSNorm if rms_norm else nn.LayerNorm, eps=norm_epsilon)
+        norm_layer: Callable[..., nn.Module] = partial(
+            RMSNorm if rms_norm else nn.LayerNorm, eps=norm_epsilon, **factory
+        )
         rates = [0.0, *(drop_path_rate * i / max(depth - 1, 1) for i in range(depth))]
         self.layers = nn.ModuleList(
             Block(
-                embed_dim,
                 Mamba(
                     embed_dim,
                     d_state=d_state,
@@ -209,17 +166,17 @@ class VisionMamba(nn.Module):
                     bimamba_type=bimamba_type,
                     if_divide_out=if_divide_out,
                     init_layer_scale=init_layer_scale,
-                    **(ssm_cfg or {}),
+                    **{**factory, **(ssm_cfg or {})},
                 ),
                 norm_layer(embed_dim),
                 rates[i],
-                self.residual_dtype,
+                residual_in_fp32,
             )
             for i in range(depth)
         )
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0.0 else nn.Identity()
         self.norm_f = norm_layer(embed_dim)
-        self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
+        self.head = nn.Linear(embed_dim, num_classes, **factory) if num_classes > 0 else nn.Identity()
         reduction = self.patch_embed.feat_ratio()
         self.feature_info = [
             {"module": f"layers.{i}", "num_chs": embed_dim, "reduction": reduction} for i in range(depth)
@@ -229,7 +186,7 @@ class VisionMamba(nn.Module):
     def _checked_pool(self, global_pool: str | None, default: str) -> str:
         if global_pool is None:
             return default
-        if global_pool not in _GLOBAL_POOLS:
+        if not isinstance(global_pool, str) or global_pool not in _GLOBAL_POOLS:
             allowed = ", ".join(map(repr, _GLOBAL_POOLS))
             raise ValueError(f"global_pool is {global_pool!r}, expected one of {allowed}")
         if global_pool == "token" and self.class_token == "none":
@@ -284,37 +241,48 @@ class VisionMamba(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the head by a new one, or by none for 0 classes, and optionally the pooling."""
+        """Replace the head by a new one, or by none for 0 classes, and optionally the pooling.
+
+        Raises:
+            ValueError: a number of classes that is none, or an unknown pooling.
+        """
+        if not isinstance(num_classes, int) or num_classes < 0:
+            raise ValueError(f"num_classes is {num_classes!r}, expected a whole number of at least 0")
         self.global_pool = self._checked_pool(global_pool, self.global_pool)
         self.num_classes = num_classes
-        device, dtype = self.norm_f.weight.device, self.norm_f.weight.dtype
         self.head = nn.Identity()
         if num_classes > 0:
-            self.head = nn.Linear(self.embed_dim, num_classes, device=device, dtype=dtype)
+            weight = self.patch_embed.proj.weight
+            self.head = nn.Linear(self.embed_dim, num_classes, device=weight.device, dtype=weight.dtype)
             with torch.no_grad():
                 self._init_head()
+        self.head.train(self.training)
 
     def set_input_size(
         self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
     ) -> None:
         """Change the image size, the patch size or both, resampling position embedding and patch filters.
 
+        With a new patch size the stride follows if it was the patch size, else it stays.
+
         Raises:
-            ValueError: the image is smaller than a patch.
+            ValueError: sizes that are none, or an image smaller than a patch.
         """
         embed, old_grid = self.patch_embed, self.patch_embed.grid_size
-        if patch_size is not None and to_2tuple(patch_size) != embed.patch_size:
+        patch_size = embed.patch_size if patch_size is None else checked_size("patch_size", patch_size)
+        img_size = checked_size("img_size", embed.img_size if img_size is None else img_size, patch_size)
+        if patch_size != embed.patch_size:
+            weight = embed.proj.weight
+            stride = patch_size if embed.stride == embed.patch_size else embed.stride
             new = PatchEmbed(
-                img_size or embed.img_size,
-                patch_size,
-                to_2tuple(patch_size) if embed.stride == embed.patch_size else embed.stride,
-                self.in_chans,
-                self.embed_dim,
-            ).to(embed.proj.weight)
-            new.proj.weight.data.copy_(resample_patch_embed(embed.proj.weight.data, list(new.patch_size)))
+                img_size, patch_size, stride, self.in_chans, self.embed_dim, device=weight.device, dtype=weight.dtype
+            )
+            new.proj.weight.data.copy_(resample_patch_embed(weight.data, list(patch_size)))
             new.proj.bias.data.copy_(embed.proj.bias.data)
+            new.requires_grad_(weight.requires_grad).train(embed.training)
             self.patch_embed = embed = new
-        img_size = to_2tuple(img_size or embed.img_size)
+            for info in self.feature_info:
+                info["reduction"] = embed.feat_ratio()
         embed.grid_size, embed.img_size = embed.dynamic_feat_size(img_size), img_size
         if embed.grid_size == old_grid:
             return
@@ -328,100 +296,101 @@ class VisionMamba(nn.Module):
 
     # Forward
 
-    def _class_tokens(self, batch: int) -> torch.Tensor:
-        names = ["cls_token_head", "cls_token_tail"] if self.class_token == "double" else ["cls_token"]
-        return torch.cat([getattr(self, name) for name in names], dim=1).expand(batch, -1, -1)
+    def _class_tokens(self) -> torch.Tensor | None:
+        if hasattr(self, "cls_token_head"):
+            return torch.cat([self.cls_token_head, self.cls_token_tail], dim=1)
+        elif hasattr(self, "cls_token"):
+            return self.cls_token
+        else:
+            return None
 
-    def _embed(self, x: torch.Tensor, random_position: bool = False) -> tuple[torch.Tensor, tuple[int, int], list[int]]:
+    def _embed(
+        self, x: torch.Tensor, random_position: bool = False, random_rank: bool = False
+    ) -> tuple[torch.Tensor, tuple[int, int], list[int]]:
         """Image → tokens with class tokens and positions (B, L, D), the patch grid, the class tokens' indices."""
-        if x.dim() != 4 or x.shape[1] != self.in_chans:
-            raise ValueError(f"expected images (batch, {self.in_chans}, height, width), got {tuple(x.shape)}")
-        img_size = (x.shape[2], x.shape[3])
-        if not self.dynamic_img_size and img_size != self.patch_embed.img_size:
-            raise ValueError(
-                f"expected images of {self.patch_embed.img_size}, got {img_size}: call set_input_size{img_size} first, "
-                "or build the model with dynamic_img_size=True"
-            )
-        grid = self.patch_embed.dynamic_feat_size(img_size)
-        tokens = self.patch_embed(x)
-        positions = class_positions(self.class_token, tokens.shape[1])
-        if random_position and self.class_token in ("head", "middle"):
-            positions = [int(torch.randint(0, tokens.shape[1] + 1, (1,)))]
-        if positions:
-            tokens = insert_class_tokens(tokens, self._class_tokens(x.shape[0]).to(tokens.dtype), positions)
-        if self.pos_embed is not None:
-            pos_embed = self.pos_embed
-            if grid != self.patch_embed.grid_size:
-                pos_embed = resample_pos_embed(
-                    pos_embed, grid, class_token=self.class_token, old_grid=self.patch_embed.grid_size
-                )
-            tokens = tokens + pos_embed.to(tokens.dtype)
+        x = check_images(x, self.in_chans, self.patch_embed.img_size, self.dynamic_img_size)
+        grid = self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
+        tokens, positions = embed_tokens(
+            self.patch_embed(x),
+            self._class_tokens(),
+            self.pos_embed,
+            self.class_token,
+            grid,
+            self.patch_embed.grid_size,
+            self.rope is not None,
+            random_position,
+            random_rank,
+        )
         return self.pos_drop(tokens), grid, positions
 
     def _rotate(self, tokens: torch.Tensor, grid: tuple[int, int], positions: list[int]) -> torch.Tensor:
-        cos, sin = self.rope.tables(grid, self.patch_embed.grid_size)
-        class_tokens, patches = split_class_tokens(tokens, positions)
-        patches = rotate(patches, cos, sin)
-        return insert_class_tokens(patches, class_tokens, positions) if positions else patches
-
-    def _block(
-        self, index: int, hidden: torch.Tensor, residual: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.grad_checkpointing and self.training and not torch.jit.is_scripting():
-            return checkpoint(self.layers[index], hidden, residual, use_reentrant=False)
-        return self.layers[index](hidden, residual)
+        if self.rope is not None:
+            return rotate_tokens(
+                tokens, positions, self.rope.freqs_cos, self.rope.freqs_sin, grid, self.patch_embed.grid_size,
+                self.rope.pretrain_side,
+            )  # fmt: skip
+        else:
+            return tokens
 
     def _blocks(
-        self,
-        hidden: torch.Tensor,
-        grid: tuple[int, int],
-        positions: list[int],
-        *,
-        depth: int | None = None,
-        after_block: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Run the first `depth` blocks (all by default); `after_block(index, hidden, residual)` sees each result."""
-        residual = None
-        step = 2 if self.if_bidirectional else 1
-        for i in range(0, len(self.layers) if depth is None else depth, step):
-            if self.rope is not None:
+        self, hidden: torch.Tensor, grid: tuple[int, int], positions: list[int], take: list[int], norm: bool, depth: int
+    ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+        """Run the first `depth` blocks: hidden, residual and, for each index in `take`, the stream after that block."""
+        residual: torch.Tensor | None = None
+        streams: list[torch.Tensor] = []
+        first_hidden, first_residual = hidden, residual
+        if torch.jit.is_scripting():
+            layers = self.layers
+        else:
+            layers = self.layers[:depth]
+        for i, layer in enumerate(layers):
+            second = self.if_bidirectional and i % 2 == 1
+            if second:
+                # The pair's second block reads what the first one read, backwards.
+                layer_hidden = first_hidden.flip(1)
+                layer_residual = first_residual if first_residual is None else first_residual.flip(1)
+            else:
                 hidden = self._rotate(hidden, grid, positions)
                 if residual is not None and self.if_rope_residual:
                     residual = self._rotate(residual, grid, positions)
-            if self.if_bidirectional:
-                forward_hidden, forward_residual = self._block(i, hidden, residual)
-                back_hidden, back_residual = self._block(
-                    i + 1, hidden.flip(1), None if residual is None else residual.flip(1)
-                )
-                hidden = forward_hidden + back_hidden.flip(1)
-                residual = forward_residual + back_residual.flip(1)
+                first_hidden, first_residual = hidden, residual
+                layer_hidden, layer_residual = hidden, residual
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                new_hidden, new_residual = checkpoint(layer, layer_hidden, layer_residual, use_reentrant=False)
             else:
-                hidden, residual = self._block(i, hidden, residual)
-            if after_block is not None:
-                after_block(i + step - 1, hidden, residual)
-        return hidden, residual
+                new_hidden, new_residual = layer(layer_hidden, layer_residual)
+            if second and residual is not None:
+                hidden, residual = hidden + new_hidden.flip(1), residual + new_residual.flip(1)
+            else:
+                hidden, residual = new_hidden, new_residual
+            if i in take:
+                streams.append(self._final_norm(hidden, residual) if norm else residual + hidden)
+        assert residual is not None
+        return hidden, residual, streams
 
-    def _final_norm(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-        if residual is not None:
-            hidden = self.drop_path(hidden)
-        return apply_add_norm(self.norm_f, hidden, residual, self.residual_dtype)[0]
+    def _final_norm(self, hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        hidden = self.drop_path(hidden)
+        if self.norm_f is None:
+            return hidden + residual
+        else:
+            return residual_norm(
+                hidden, residual, self.norm_f.weight, self.norm_f.bias, self.norm_f.eps, self.rms_norm,
+                self.residual_in_fp32,
+            )[0]  # fmt: skip
+
+    def _features(
+        self, x: torch.Tensor, random_position: bool = False, random_rank: bool = False
+    ) -> tuple[torch.Tensor, list[int]]:
+        hidden, grid, positions = self._embed(x, random_position, random_rank)
+        take: list[int] = []
+        hidden, residual, _ = self._blocks(hidden, grid, positions, take, False, len(self.layers))
+        return self._final_norm(hidden, residual), positions
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images (B, C, H, W) → normalised tokens (B, L, D), class tokens where they sit."""
-        hidden, grid, positions = self._embed(x)
-        return self._final_norm(*self._blocks(hidden, grid, positions))
+        return self._features(x)[0]
 
-    def _pool_and_classify(self, tokens: torch.Tensor, positions: list[int], pre_logits: bool) -> torch.Tensor:
-        if self.global_pool == "token":
-            pooled = tokens[:, positions[0]] if len(positions) == 1 else tokens[:, positions].mean(1)
-        elif self.global_pool == "last":
-            pooled = tokens[:, -1]
-        elif self.global_pool == "avg":
-            pooled = split_class_tokens(tokens, positions)[1].mean(1)
-        else:
-            pooled = tokens
-        if pre_logits:
-            return pooled
+    def _classify(self, pooled: torch.Tensor) -> torch.Tensor:
         logits = self.head(pooled)
         return logits.amax(1) if self.global_pool == "max" else logits
 
@@ -430,8 +399,8 @@ class VisionMamba(nn.Module):
 
         The pools "" and "max" act after the head, per token, so their features keep the token axis (B, L, D).
         """
-        positions = class_positions(self.class_token, x.shape[1] - self.num_prefix_tokens)
-        return self._pool_and_classify(x, positions, pre_logits)
+        pooled = pool_features(x, self.class_token, self.num_prefix_tokens, self.global_pool)
+        return pooled if pre_logits else self._classify(pooled)
 
     def forward(
         self,
@@ -445,19 +414,12 @@ class VisionMamba(nn.Module):
             x: images.
             if_random_cls_token_position: put the class token at a random place (the paper's robustness probe).
             if_random_token_rank: shuffle the token sequence, class token included.
+
+        Raises:
+            ValueError: images that do not fit, or a probe that this model has no class token or order for.
         """
-        hidden, grid, positions = self._embed(x, random_position=if_random_cls_token_position)
-        if if_random_token_rank:
-            if self.rope is not None:
-                raise ValueError("if_random_token_rank cannot be used with if_rope: rotary tables follow the grid")
-            order = torch.randperm(hidden.shape[1], device=hidden.device)
-            hidden = hidden[:, order]
-            positions = [int((order == p).nonzero()) for p in positions]
-        tokens = self._final_norm(*self._blocks(hidden, grid, positions))
-        if if_random_token_rank:
-            # Pooling splits class tokens off in increasing order.
-            positions = sorted(positions)
-        return self._pool_and_classify(tokens, positions, pre_logits=False)
+        tokens, positions = self._features(x, if_random_cls_token_position, if_random_token_rank)
+        return self._classify(pool_tokens(tokens, positions, self.global_pool))
 
     def forward_intermediates(
         self,
@@ -468,7 +430,7 @@ class VisionMamba(nn.Module):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
-    ) -> Any:
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
         """Feature maps after chosen blocks: the residual stream with the block's output added.
 
         Args:
@@ -487,46 +449,67 @@ class VisionMamba(nn.Module):
             ValueError: unknown `output_fmt`, or indices that the depth does not have.
         """
         if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt is {output_fmt!r}, expected 'NCHW' or 'NLC'")
+            raise ValueError(f"output_fmt is '{output_fmt}', expected 'NCHW' or 'NLC'")
         take, last = self._take_indices(indices)
-        if self.if_bidirectional and any(i % 2 == 0 for i in take):
-            raise ValueError(f"blocks work in pairs (if_bidirectional), so indices must be odd, got {take}")
         hidden, grid, positions = self._embed(x)
-        streams: list[torch.Tensor] = []
-
-        def keep(index: int, hidden: torch.Tensor, residual: torch.Tensor) -> None:
-            if index in take:
-                streams.append(self._final_norm(hidden, residual) if norm else residual + hidden)
-
-        hidden, residual = self._blocks(
-            hidden, grid, positions, depth=last + 1 if stop_early else None, after_block=keep
+        hidden, residual, streams = self._blocks(
+            hidden, grid, positions, take, norm, last + 1 if stop_early else len(self.layers)
         )
-        maps = []
+        maps: list[torch.Tensor] = []
+        prefix: list[torch.Tensor] = []
         for stream in streams:
             class_tokens, patches = split_class_tokens(stream, positions)
             if output_fmt == "NCHW":
-                patches = patches.transpose(1, 2).unflatten(2, grid).contiguous()
-            maps.append((patches, class_tokens) if return_prefix_tokens else patches)
-        return maps if intermediates_only else (self._final_norm(hidden, residual), maps)
+                patches = patches.transpose(1, 2).unflatten(2, [grid[0], grid[1]]).contiguous()
+            maps.append(patches)
+            prefix.append(class_tokens)
+        if not torch.jit.is_scripting() and return_prefix_tokens:
+            # TorchScript knows no list whose elements change their type.
+            maps = list(zip(maps, prefix, strict=True))
+        if intermediates_only:
+            return maps
+        return self._final_norm(hidden, residual), maps
 
     def _take_indices(self, indices: int | list[int] | None) -> tuple[list[int], int]:
+        if torch.jit.is_scripting():
+            return feature_take_indices(len(self.layers), indices)
+        else:
+            return self._checked_indices(indices)
+
+    @torch.jit.unused
+    def _checked_indices(self, indices: int | list[int] | None) -> tuple[list[int], int]:
         depth = len(self.layers)
-        if self.if_bidirectional and (indices is None or isinstance(indices, int)):
+        last_ones = indices is None or isinstance(indices, int)
+        if self.if_bidirectional and last_ones:
             odd = list(range(1, depth, 2))
+            if indices is not None and not 0 < indices <= len(odd):
+                raise ValueError(f"indices is {indices!r}, but the model has {len(odd)} pairs of blocks")
             return (odd if indices is None else odd[-indices:]), depth - 1
         try:
-            return feature_take_indices(depth, indices)
-        except AssertionError as error:
-            raise ValueError(f"indices is {indices!r}, but the model has blocks 0 to {depth - 1}") from error
+            if isinstance(indices, int) and indices < 1:
+                raise AssertionError
+            take, last = feature_take_indices(depth, indices if last_ones else list(indices))
+        except (AssertionError, TypeError) as error:
+            raise ValueError(
+                f"indices is {indices!r}: expected how many of the last blocks (1 to {depth}), a list of blocks from "
+                f"{-depth} to {depth - 1}, or None"
+            ) from error
+        if self.if_bidirectional and any(i % 2 == 0 for i in take):
+            raise ValueError(f"blocks work in pairs (if_bidirectional), so indices must be odd, got {take}")
+        return take, last
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the blocks after the last one in `indices`, and the norm and head if asked; gives the indices kept."""
-        take, last = self._take_indices(indices)
+        """Drop the blocks after the last one in `indices`, and the norm and head if asked; gives the indices kept.
+
+        Raises:
+            ValueError: indices that the depth does not have.
+        """
+        take, last = self._checked_indices(indices)
         self.layers = self.layers[: last + 1]
         if prune_norm:
-            self.norm_f = nn.Identity()
+            self.norm_f = None
         if prune_head:
-            self.reset_classifier(0) if not prune_norm else setattr(self, "head", nn.Identity())
+            self.reset_classifier(0)
         return take

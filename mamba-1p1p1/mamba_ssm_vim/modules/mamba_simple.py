@@ -132,6 +132,7 @@ class Mamba(nn.Module):
             forward.A_back = -torch.exp(self.A_b_log.float())
         return [forward]
 
+    @torch.jit.unused  # TorchScript takes the registered operators instead (vim.models.layers.Block)
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, L, D) → (B, L, D)."""
         scale = 0.5 if self.bimamba_type == "v2" and self.if_divide_out else 1.0

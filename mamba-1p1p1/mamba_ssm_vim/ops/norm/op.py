@@ -200,6 +200,7 @@ class RMSNorm(nn.Module):
         """Weight to ones."""
         nn.init.ones_(self.weight)
 
+    @torch.jit.unused  # its result is one tensor or two, which TorchScript has no type for
     def forward(
         self,
         x: torch.Tensor,

@@ -1,0 +1,144 @@
+"""Token sequences: class tokens in and out, pooling, and the checks of an image, as plain functions of tensors.
+
+They branch on shapes and flags, so torch.fx takes them as leaves (timm's `register_notrace_function`), and they keep to
+the subset of Python that TorchScript compiles.
+"""
+
+import torch
+from timm.models import register_notrace_function
+
+from vim.models.pos_embed import class_positions, insert_class_tokens, resample_grid, split_class_tokens
+from vim.models.rope import rotary_tables, rotate
+
+
+@register_notrace_function
+def check_images(x: torch.Tensor, in_chans: int, img_size: tuple[int, int], dynamic: bool) -> torch.Tensor:
+    """The images themselves, (B, C, H, W), if the model takes them.
+
+    Args:
+        x: images.
+        in_chans: channels C of the model.
+        img_size: (height, width) of the model.
+        dynamic: other sizes are welcome.
+
+    Raises:
+        ValueError: not four dimensions, other channels, or another size.
+    """
+    shape = list(x.shape)
+    if len(shape) != 4 or shape[1] != in_chans:
+        raise ValueError(f"expected images (batch, {in_chans}, height, width), got {shape}")
+    if not dynamic and (shape[2] != img_size[0] or shape[3] != img_size[1]):
+        raise ValueError(
+            f"expected images of {img_size}, got {shape[2:]}: call set_input_size(({shape[2]}, {shape[3]})) first, "
+            "or build the model with dynamic_img_size=True"
+        )
+    return x
+
+
+@register_notrace_function
+def embed_tokens(
+    patches: torch.Tensor,
+    class_tokens: torch.Tensor | None,
+    pos_embed: torch.Tensor | None,
+    class_token: str,
+    grid: tuple[int, int],
+    own_grid: tuple[int, int],
+    fixed_order: bool = False,
+    random_position: bool = False,
+    random_rank: bool = False,
+) -> tuple[torch.Tensor, list[int]]:
+    """Patch tokens (B, M, D) → the sequence (B, L, D) with class tokens and positions, and the class tokens' indices.
+
+    Args:
+        patches: patch tokens.
+        class_tokens: (1, K, D) or None.
+        pos_embed: (1, L, D) of `own_grid`, or None.
+        class_token: where the class tokens sit, see `class_positions`.
+        grid: rows and columns of the patches.
+        own_grid: rows and columns that `pos_embed` stands for.
+        fixed_order: what follows depends on the order of the tokens.
+        random_position: put the class token at a random index.
+        random_rank: shuffle the whole sequence.
+
+    Raises:
+        ValueError: a random position without exactly one class token, or a shuffle where the order is fixed.
+    """
+    batch, count = patches.shape[0], patches.shape[1]
+    positions = class_positions(class_token, count)
+    if random_position:
+        if len(positions) != 1:
+            raise ValueError(
+                f"if_random_cls_token_position needs a model with one class token, this one has {len(positions)}"
+            )
+        positions = [int(torch.randint(0, count + 1, (1,)).item())]
+    tokens = patches
+    if class_tokens is not None:
+        tokens = insert_class_tokens(patches, class_tokens.to(patches.dtype).expand(batch, -1, -1), positions)
+    if pos_embed is not None:
+        if grid[0] != own_grid[0] or grid[1] != own_grid[1]:
+            pos_embed = resample_grid(pos_embed, grid, own_grid, class_token, class_token)
+        tokens = tokens + pos_embed.to(tokens.dtype)
+    if random_rank:
+        if fixed_order:
+            raise ValueError("if_random_token_rank cannot be used with if_rope: rotary tables follow the grid")
+        order = torch.randperm(tokens.shape[1], device=tokens.device)
+        tokens = tokens[:, order]
+        # Pooling splits class tokens off in increasing order.
+        positions = sorted([int(torch.nonzero(order == p).item()) for p in positions])
+    return tokens, positions
+
+
+@register_notrace_function
+def rotate_tokens(
+    tokens: torch.Tensor,
+    positions: list[int],
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    grid: tuple[int, int],
+    own_grid: tuple[int, int],
+    pretrain_side: int,
+) -> torch.Tensor:
+    """Rotary embedding of the patch tokens in a sequence (B, L, D); class tokens stay as they are.
+
+    Args:
+        tokens: the sequence.
+        positions: indices of the class tokens.
+        cos, sin: tables (M, D) of `own_grid`; those of another `grid` are made on the fly.
+        grid: rows and columns of the patches.
+        own_grid: rows and columns that the tables stand for.
+        pretrain_side: see `rotary_tables`.
+    """
+    if grid[0] != own_grid[0] or grid[1] != own_grid[1]:
+        own = rotary_tables(tokens.shape[2], grid, pretrain_side)
+        cos, sin = own[0].to(cos), own[1].to(sin)
+    class_tokens, patches = split_class_tokens(tokens, positions)
+    patches = rotate(patches, cos, sin)
+    if len(positions) == 0:
+        return patches
+    return insert_class_tokens(patches, class_tokens, positions)
+
+
+@register_notrace_function
+def pool_tokens(tokens: torch.Tensor, positions: list[int], pool: str) -> torch.Tensor:
+    """Sequence (B, L, D) → pooled features (B, D), or the sequence for the pools "" and "max", which act on logits.
+
+    Args:
+        tokens: the normalised sequence.
+        positions: indices of the class tokens.
+        pool: "token" (the class token, the mean of two), "last", "avg" (over patches), "max" or "".
+    """
+    if pool == "token":
+        if len(positions) == 1:
+            return tokens[:, positions[0]]
+        return torch.stack([tokens[:, p] for p in positions]).mean(0)
+    if pool == "last":
+        return tokens[:, -1]
+    if pool == "avg":
+        return split_class_tokens(tokens, positions)[1].mean(1)
+    return tokens
+
+
+@register_notrace_function
+def pool_features(tokens: torch.Tensor, class_token: str, num_class_tokens: int, pool: str) -> torch.Tensor:
+    """`pool_tokens` with the class tokens where the model puts them."""
+    return pool_tokens(tokens, class_positions(class_token, tokens.shape[1] - num_class_tokens), pool)
