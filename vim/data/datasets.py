@@ -93,6 +93,11 @@ def build_dataset(is_train: bool, args: argparse.Namespace) -> tuple[Dataset, in
     """
     transform = build_transform(is_train, args)
     name, split = args.data_set, "train" if is_train else "val"
+    if name not in DATA_SETS and not name.startswith(_FACTORY_PREFIXES):
+        raise UserError(
+            f"--data-set is {name!r}, expected one of {', '.join(DATA_SETS)} or a name that begins with "
+            f"{', '.join(_FACTORY_PREFIXES)}"
+        )
     if name == "FMNIST":
         folder = _folder(Path(args.data_path), "--data-path must be Fashion-MNIST's folder") if args.data_path else None
         mode = "L" if args.in_chans == 1 else "RGB"
@@ -115,21 +120,16 @@ def build_dataset(is_train: bool, args: argparse.Namespace) -> tuple[Dataset, in
         year = 2018 if name == "INAT" else 2019
         data = INaturalist(root, train=is_train, year=year, category=args.inat_category, transform=transform)
         return data, len(data.classes)
-    if name.startswith(_FACTORY_PREFIXES):
-        # timm reads folders and tar files by the empty prefix.
-        data = timm.data.create_dataset(
-            name.removeprefix("tar/") if name.startswith("tar/") else name,
-            root=str(root), split="train" if is_train else "validation", is_training=is_train,
-            batch_size=args.batch_size, seed=args.seed,
-        )  # fmt: skip
-        data.transform = transform
-        if not args.num_classes:
-            raise UserError(f"--data-set {name} does not say how many classes it has: pass --num-classes")
-        return data, args.num_classes
-    raise UserError(
-        f"--data-set is {name!r}, expected one of {', '.join(DATA_SETS)} or a name that begins with "
-        f"{', '.join(_FACTORY_PREFIXES)}"
-    )
+    # timm reads folders and tar files by the empty prefix.
+    data = timm.data.create_dataset(
+        name.removeprefix("tar/") if name.startswith("tar/") else name,
+        root=str(root), split="train" if is_train else "validation", is_training=is_train,
+        batch_size=args.batch_size, seed=args.seed,
+    )  # fmt: skip
+    data.transform = transform
+    if not args.num_classes:
+        raise UserError(f"--data-set {name} does not say how many classes it has: pass --num-classes")
+    return data, args.num_classes
 
 
 def build_datasets(args: argparse.Namespace) -> tuple[Dataset | None, Dataset, int]:
