@@ -1,6 +1,6 @@
 # Sourced by the launchers: runs main.py from vim/, under torchrun where there are several processes.
 # Environment, with defaults:
-#   DATA       folder of ImageNet (train/ and val/); required
+#   DATA       folder of ImageNet (train/ and val/); required, but for `--data-set FMNIST`, which is embedded
 #   OUTPUT     folder for checkpoints and logs (output/<name of the launcher>)
 #   GPUS       processes on this node, one per GPU (all GPUs; 1 without any)
 #   NODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   for several nodes (1, 0, 127.0.0.1, 29500)
@@ -15,11 +15,13 @@ launch() {
     # $1: name of the run; $2: "train" or "eval"; then flags of main.py
     local name="$1" kind="$2" dry_run=""
     shift 2
-    local flags=() arg
+    local flags=() data=() arg
     for arg in "$@"; do
         if [ "$arg" = "--dry-run" ]; then dry_run=1; else flags+=("$arg"); fi
     done
-    if [ -z "${DATA:-}" ]; then
+    if [ -n "${DATA:-}" ]; then
+        data=(--data-path "$(realpath -m "$DATA")")
+    elif [[ " $* " != *" --data-set FMNIST "* ]]; then
         echo "error: DATA is not set: DATA=/path/to/imagenet bash scripts/$name.sh" >&2
         exit 2
     fi
@@ -35,7 +37,7 @@ launch() {
         command+=(-m torch.distributed.run "--nnodes=${NODES:-1}" "--node-rank=${NODE_RANK:-0}"
             "--nproc-per-node=$gpus" "--master-addr=${MASTER_ADDR:-127.0.0.1}" "--master-port=${MASTER_PORT:-29500}")
     fi
-    command+=(main.py --data-path "$(realpath -m "$DATA")")
+    command+=(main.py "${data[@]}")
     if [ "$kind" = train ]; then
         command+=(--output-dir "$(realpath -m "${OUTPUT:-$root/output/$name}")")
     fi

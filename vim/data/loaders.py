@@ -88,11 +88,15 @@ class EpochSampler(Sampler):
                 yield self.epoch, k * self.world_size + self.rank, int(index)
 
 
+def _cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _loader_options(args: argparse.Namespace) -> dict[str, Any]:
     """Workers, no more than there are cores for, and pinning."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {
-        "num_workers": min(args.num_workers, cores),
+        "num_workers": min(args.num_workers, _cores()),
         "pin_memory": args.pin_mem and torch.cuda.is_available(),
     }
 

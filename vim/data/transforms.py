@@ -3,7 +3,8 @@
 import argparse
 from typing import Any
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment, create_transform
 from torchvision import transforms
 
 SMALL_IMAGE = 32
@@ -47,6 +48,28 @@ def three_augment(
     return transforms.Compose([*crop, transforms.RandomHorizontalFlip(), choice, *jitter, *final])
 
 
+def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
+    """timm's, also for no bits at all, which the published policy asks for now and then: a black image."""
+    if bits_to_keep < 1:
+        return image.point(lambda value: 0)
+    return auto_augment.posterize(image, bits_to_keep)
+
+
+def _mend_posterize(transform: Any) -> None:
+    """Put `_posterize` in place of timm's in a policy: Pillow from 13 on refuses to keep no bits."""
+    if isinstance(transform, auto_augment.RandAugment):
+        operations = list(transform.ops)
+    elif isinstance(transform, auto_augment.AutoAugment):
+        operations = [operation for sub_policy in transform.policy for operation in sub_policy]
+    elif isinstance(transform, auto_augment.AugMixAugment):
+        operations = list(transform.ops)
+    else:
+        return
+    for operation in operations:
+        if operation.aug_fn is auto_augment.posterize:
+            operation.aug_fn = _posterize
+
+
 def build_transform(is_train: bool, args: argparse.Namespace) -> Any:
     """The transform from a PIL image to a normalised tensor (channels, input_size, input_size).
 
@@ -65,12 +88,12 @@ def build_transform(is_train: bool, args: argparse.Namespace) -> Any:
                 transforms.Normalize(mean, std),
             ]
         )
-    if args.three_augment:
+    if args.ThreeAugment:
         return three_augment(size, args.color_jitter, args.src, mean, std)
     transform = create_transform(
         input_size=(args.in_chans, size, size),
         is_training=True,
-        color_jitter=args.color_jitter,
+        color_jitter=args.color_jitter or None,
         auto_augment=None if args.aa in (None, "", "none") else args.aa,
         interpolation=args.train_interpolation,
         re_prob=args.reprob,
@@ -79,6 +102,8 @@ def build_transform(is_train: bool, args: argparse.Namespace) -> Any:
         mean=mean,
         std=std,
     )
+    for step in transform.transforms:
+        _mend_posterize(step)
     if size <= SMALL_IMAGE:
         transform.transforms[0] = transforms.Compose([transforms.Resize(size), transforms.RandomCrop(size, padding=4)])
     return transform

@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from timm.utils import ParseKwargs
 
 from vim.data import DATA_SETS, INAT_CATEGORIES
 from vim.engine.checkpoints import parse_interval
 from vim.errors import UserError
-
-# Values of the published flags that keep their own spelling of the destination.
-_THREE_AUGMENT = "three_augment"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -30,7 +28,9 @@ class _Parser(argparse.ArgumentParser):
         spellings = []
         for name in names:
             word = name.removeprefix("--")
-            spellings += [name, "--" + word.replace("-", "_"), "--" + word.replace("_", "-")]
+            spellings += [name]
+            if word != name:
+                spellings += ["--" + word.replace("-", "_"), "--" + word.replace("_", "-")]
         return super().add_argument(*dict.fromkeys(spellings), **kwargs)
 
     def error(self, message: str) -> NoReturn:
@@ -45,6 +45,17 @@ class _NoAmp(argparse.Action):
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, *_: Any) -> None:
         namespace.if_amp, namespace.amp_dtype = False, None
+
+
+class _ModelKwargs(ParseKwargs):
+    """`--model-kwargs stride=8 depth=12`."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        if bad := [value for value in values if "=" not in value]:
+            parser.error(f"--model-kwargs has {bad[0]!r}, expected KEY=VALUE")
+        super().__call__(parser, namespace, values, option_string)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -88,7 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--train-interpolation", default="bicubic", choices=("random", "bilinear", "bicubic"), help="of crops")
     switch("repeated_aug", "--repeated-aug", "--no-repeated-aug", True, "three augmented copies of a third of the set")
     switch("train_mode", "--train-mode", "--no-train-mode", True, "training transforms and layers")
-    flag("--ThreeAugment", dest=_THREE_AUGMENT, action="store_true", default=False, help="DeiT III's augmentation")
+    switch("ThreeAugment", "--ThreeAugment", None, False, "DeiT III's augmentation")
     switch("src", "--src", None, False, "simple random crop for --ThreeAugment")
     flag("--reprob", type=float, default=0.25, help="probability of random erasing")
     flag("--remode", default="pixel", choices=("const", "rand", "pixel"), help="fill of random erasing")
@@ -101,6 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--mixup-switch-prob", type=float, default=0.5, help="probability of cutmix where both are on")
     flag("--mixup-mode", default="batch", choices=("batch", "pair", "elem"), help="what shares one ratio")
     # Model
+    flag("--model-kwargs", nargs="+", default={}, action=_ModelKwargs, metavar="KEY=VALUE", help="of its constructor")
     flag("--drop", type=float, default=0.0, help="dropout")
     flag("--drop-path", type=float, default=0.1, help="stochastic depth")
     switch("model_ema", "--model-ema", "--no-model-ema", True, "keep an average of the weights")
@@ -139,7 +151,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag(
         "--sched",
         default="cosine",
-        choices=("cosine", "tanh", "step", "multistep", "plateau", "poly"),
+        choices=("cosine", "tanh", "step", "multistep", "plateau", "poly", "constant"),
         help="timm schedule",
     )
     flag("--lr-noise", type=float, nargs="+", default=None, help="span of the run with a noisy lr, in parts of it")
@@ -147,7 +159,8 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--lr-noise-std", type=float, default=1.0, help="its deviation")
     flag("--warmup-lr", type=float, default=1e-6, help="lr at the start of warm-up")
     flag("--min-lr", type=float, default=1e-5, help="lr at the end of the cosine")
-    flag("--decay-epochs", type=float, default=30, help="period of step schedules")
+    flag("--decay-epochs", type=float, default=30, help="period of the step schedule")
+    flag("--decay-milestones", type=int, nargs="+", default=[90, 180, 270], help="epochs of multistep's drops")
     flag("--warmup-epochs", type=int, default=5, help="epochs of warm-up, inside the schedule")
     flag("--cooldown-epochs", type=int, default=10, help="epochs of rest after a drop, of plateau")
     flag("--patience-epochs", type=int, default=10, help="of the plateau schedule")
@@ -175,14 +188,49 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _flags_of(config: Path) -> dict[str, Any]:
+def _flags_of(config: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """The flags of a YAML file by destination, each with a value that its flag takes.
+
+    Raises:
+        UserError: the file cannot be read, or has an unknown flag or a value of another kind.
+    """
     try:
         content = yaml.safe_load(config.read_text())
     except (OSError, yaml.YAMLError) as error:
         raise UserError(f"--config {config} cannot be read as YAML: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"--config {config} must hold one mapping of flags to values")
-    return {str(k).replace("-", "_"): v for k, v in content.items()}
+    flags = {str(k).replace("-", "_"): v for k, v in content.items()}
+    actions = {action.dest: action for action in parser._actions if action.dest != "help"}
+    if unknown := sorted(set(flags) - set(actions)):
+        raise UserError(f"--config {config} has unknown flags: {', '.join(unknown)}")
+    return {name: _checked(value, actions[name], config) for name, value in flags.items()}
+
+
+def _checked(value: Any, action: argparse.Action, config: Path) -> Any:
+    """A YAML value as the flag's type; argparse itself takes defaults as they come."""
+    name = f"{action.dest.replace('_', '-')} of --config {config}"
+    if value is None and action.default is None:
+        return None
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise UserError(f"{name} is {value!r}, expected true or false")
+        return value
+    if isinstance(action, _ModelKwargs):
+        if not isinstance(value, dict):
+            raise UserError(f"{name} is {value!r}, expected a mapping of argument names to values")
+        return value
+    if action.nargs == "+" and not isinstance(value, list):
+        raise UserError(f"{name} is {value!r}, expected a list")
+    kind = action.type or str
+    try:
+        # Text such as 5e-4, which YAML does not take for a number, is converted; 2.5 epochs are not cut to 2.
+        values = [kind(str(v)) for v in (value if action.nargs == "+" else [value])]
+    except ValueError as error:
+        raise UserError(f"{name} is {value!r}, expected {kind.__name__}") from error
+    if action.choices is not None and (bad := [v for v in values if v not in action.choices]):
+        raise UserError(f"{name} is {bad[0]!r}, expected one of {', '.join(map(str, action.choices))}")
+    return values if action.nargs == "+" else values[0]
 
 
 def parse_args(argv: list[str] | None = None, defaults: dict[str, Any] | None = None) -> argparse.Namespace:
@@ -200,10 +248,7 @@ def parse_args(argv: list[str] | None = None, defaults: dict[str, Any] | None = 
     parser.set_defaults(**(defaults or {}))
     known, _ = parser.parse_known_args(argv)
     if known.config:
-        from_file = _flags_of(Path(known.config))
-        if unknown := sorted(set(from_file) - set(vars(known))):
-            raise UserError(f"--config {known.config} has unknown flags: {', '.join(unknown)}")
-        parser.set_defaults(**from_file)
+        parser.set_defaults(**_flags_of(Path(known.config), parser))
     args = parser.parse_args(argv)
     if args.resplit:
         raise UserError(
@@ -220,7 +265,7 @@ def parse_args(argv: list[str] | None = None, defaults: dict[str, Any] | None = 
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least {least}")
     if not 0 < args.eval_crop_ratio <= 1:
         raise UserError(f"--eval-crop-ratio is {args.eval_crop_ratio}, expected a number in (0, 1]")
-    if args.src and not args.three_augment:
+    if args.src and not args.ThreeAugment:
         raise UserError("--src is the simple crop of --ThreeAugment: pass both, or leave --src out")
     if args.clip_grad is not None and args.clip_grad <= 0:
         raise UserError(f"--clip-grad is {args.clip_grad}, expected a number above 0, or leave it out")

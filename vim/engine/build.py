@@ -7,12 +7,12 @@ from typing import Any
 import timm
 import torch
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
-from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import nn
 
 from vim.engine.distributed import Place, replicate, shard
 from vim.engine.losses import Objective
+from vim.engine.schedules import build_scheduler
 from vim.engine.state import TrainState
 from vim.engine.training import model_options
 from vim.errors import UserError
@@ -40,9 +40,12 @@ def build_model(args: argparse.Namespace, num_classes: int, name: str = "") -> n
             drop_path_rate=args.drop_path,
             in_chans=args.in_chans,
             **size,
+            **(args.model_kwargs if name == args.model else {}),
         )
     except (ValueError, AssertionError) as error:
         raise UserError(f"{name} cannot be built with --input-size {args.input_size}: {error}") from error
+    except TypeError as error:
+        raise UserError(f"{name} cannot be built with --model-kwargs {args.model_kwargs}: {error}") from error
 
 
 def read_weights(path: str) -> dict[str, Any]:
@@ -108,12 +111,7 @@ def build_training(model: nn.Module, args: argparse.Namespace, place: Place, num
     if args.compile:
         forward = torch.compile(forward)
     optimizer = _build_optimizer(model, args, place)
-    scheduler, _ = create_scheduler_v2(
-        optimizer, sched=args.sched, num_epochs=args.epochs, decay_epochs=args.decay_epochs,
-        decay_rate=args.decay_rate, cooldown_epochs=args.cooldown_epochs, patience_epochs=args.patience_epochs,
-        min_lr=args.min_lr, warmup_lr=args.warmup_lr, warmup_epochs=args.warmup_epochs, warmup_prefix=False,
-        noise=args.lr_noise, noise_pct=args.lr_noise_pct, noise_std=args.lr_noise_std, noise_seed=args.seed,
-    )  # fmt: skip
+    scheduler = build_scheduler(optimizer, args)
     if args.start_epoch:
         scheduler.step(args.start_epoch - 1, 0.0)
     scaler = torch.amp.GradScaler(place.device.type) if args.if_amp and args.amp_dtype == "float16" else None

@@ -78,13 +78,16 @@ def train_one_epoch(
         waited += seconds
         norm = _clip(state, args)
         loss, norm, stop, save = _agree(loss, norm, state.stop_requested, keeper.due(group), group, place)
-        if math.isfinite(loss) and (math.isfinite(norm) or state.scaler is not None):
+        if math.isfinite(loss) and math.isfinite(norm):
             _update(state)
-            state.loss_sum, state.updates = state.loss_sum + loss, state.updates + 1
-            # A scaler finds its scale by overflowing; those steps it skips have no norm.
-            state.norm_sum += norm if math.isfinite(norm) else 0.0
+            state.loss_sum, state.norm_sum = state.loss_sum + loss, state.norm_sum + norm
+            state.updates += 1
+        elif args.if_continue_inf or (math.isfinite(loss) and _scaler_goes_on(state)):
+            state.skipped += 1
+            if state.scaler is not None:
+                state.scaler.update()
         else:
-            _not_finite(state, loss, norm, group, loader, args, place, keeper)
+            _stop_not_finite(state, loss, norm, group, loader, args, place, keeper)
         for k in range(group):
             images = args.batch_size * place.world_size
             images_seen += images
@@ -174,7 +177,12 @@ def _update(state: TrainState) -> None:
         state.ema.update(state.model)
 
 
-def _not_finite(
+def _scaler_goes_on(state: TrainState) -> bool:
+    """Whether a gradient that overflowed is the loss scale's doing: it finds its value by overflowing."""
+    return state.scaler is not None and state.scaler.get_scale() > 1.0
+
+
+def _stop_not_finite(
     state: TrainState,
     loss: float,
     norm: float,
@@ -184,12 +192,7 @@ def _not_finite(
     place: Place,
     keeper: Keeper,
 ) -> None:
-    """Skip and count the update, or save what reproduces it and stop."""
-    if args.if_continue_inf:
-        state.skipped += 1
-        if state.scaler is not None:
-            state.scaler.update()
-        return
+    """Save what reproduces the update, and stop."""
     indices: Any = [loader.batch_indices(state.step + k) for k in range(group)]
     if place.world_size > 1:
         gathered: list[Any] = [None] * place.world_size
