@@ -10,7 +10,7 @@ import contextlib
 import contextvars
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
@@ -52,28 +52,27 @@ def use_backend(name: str | None) -> Iterator[None]:
         _forced.reset(token)
 
 
-def choose(op: str, reasons: dict[str, Callable[[], str | None]]) -> str:
+def choose(op: str, names: Sequence[str], why_not: Callable[[str], str | None]) -> str:
     """Name of the backend that serves a call of `op`.
 
     Args:
         op: name of the operator, for messages.
-        reasons: for each backend that implements `op`, a function that gives None or the reason why it cannot run.
+        names: the backends that implement `op`, in order of preference.
+        why_not: of a backend's name gives None, or the reason why it cannot run.
 
     Raises:
         BackendError: the forced backend declines.
     """
     if (name := forced_backend()) is not None:
-        reason = reasons[name]() if name in reasons else "it has no implementation of this operator"
+        reason = why_not(name) if name in names else "it has no implementation of this operator"
         if reason is not None:
             raise BackendError(
                 f"backend {name!r} is forced but cannot run {op}: {reason}; unset VIM_BACKEND to choose automatically"
             )
         return name
     declined = []
-    for name in BACKENDS:
-        if name not in reasons:
-            continue
-        reason = reasons[name]()
+    for name in names:
+        reason = why_not(name)
         if reason is None:
             # The reference is orders of magnitude slower: whoever ends up there should know why.
             level = logging.WARNING if name == "reference" else logging.INFO

@@ -129,7 +129,7 @@ def why_not(library: Library, *tensors: torch.Tensor | None) -> str | None:
     if library.reason is not None:
         return library.reason
     for t in tensors:
-        if t is not None and t.device.type != "cpu":
+        if t is not None and not t.is_cpu:
             return f"a tensor is on {t.device.type}"
     dtype = tensors[0].dtype
     if dtype not in DTYPES:

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import torch
 
-from causal_conv1d_vim.backend import BACKENDS, choose
+from causal_conv1d_vim.backend import BACKENDS, choose, forced_backend
 
 
 class OpBackends:
@@ -26,6 +26,7 @@ class OpBackends:
             for name in BACKENDS
             if name == "reference" or importlib.util.find_spec(f"{package}.{name}") is not None
         ]
+        self._without_gpu = [name for name in self._names if name not in ("cuda", "triton")]
 
     @property
     def names(self) -> list[str]:
@@ -40,4 +41,6 @@ class OpBackends:
 
     def pick(self, *args: torch.Tensor | None) -> str:
         """Name of the backend for a call with these tensors (the arguments of the modules' `why_not`)."""
-        return choose(self.op, {name: lambda name=name: self.module(name).why_not(*args) for name in self._names})
+        # Of small calls on a CPU the choice is a visible share, so a tensor there does not ask the GPU's backends.
+        names = self._without_gpu if args[0].is_cpu and forced_backend() is None else self._names
+        return choose(self.op, names, lambda name: self.module(name).why_not(*args))

@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from causal_conv1d_vim import causal_conv1d, causal_conv1d_ref, use_backend
-from causal_conv1d_vim.conv import backends
+from causal_conv1d_vim import BackendError, causal_conv1d, use_backend
+from causal_conv1d_vim.conv import backends, causal_conv1d_ref
 
 
 def runnable() -> list[str]:
@@ -91,3 +91,19 @@ def test_bad_arguments_are_named():
 def test_opcheck():
     inputs = [t.requires_grad_() for t in make(2, 6, 16, 4)]
     torch.library.opcheck(torch.ops.vision_mamba.causal_conv1d.default, (*inputs, True, False))
+
+
+def test_too_wide_a_kernel_is_served_by_the_reference(caplog):
+    """No compiled backend takes 17 taps: the reference does, and the log says why; a forced backend refuses."""
+    x, weight, bias, _ = make(2, 30, 8, 17)
+    with caplog.at_level("WARNING", "vision_mamba.backend"):
+        out = causal_conv1d(x, weight, bias)
+    torch.testing.assert_close(out, causal_conv1d_ref(x, weight, bias))
+    x.requires_grad_()
+    causal_conv1d(x, weight, bias).sum().backward()
+    assert x.grad is not None
+    if "cpu" in runnable():
+        assert any("the width is 17" in message for message in caplog.messages)
+    for backend in runnable():
+        with use_backend(backend), pytest.raises(BackendError, match="the width is 17"):
+            causal_conv1d(x, weight, bias)

@@ -18,9 +18,9 @@ _PARALLEL_FROM = 1 << 15  # elements; fewer are done before a second thread has 
 
 
 def why_not(x: torch.Tensor, weight: torch.Tensor | None = None) -> str | None:
-    """None if x (B, L, E) can be served here, else the reason."""
+    """None if x (B, L, E) and weight (E, W) can be served here, else the reason."""
     if weight is not None and weight.shape[1] > MAX_WIDTH:
-        return f"width {weight.shape[1]} is more than {MAX_WIDTH}"
+        return f"the width is {weight.shape[1]}, more than {MAX_WIDTH}"
     return native.why_not(library, x)
 
 

@@ -31,12 +31,14 @@ class ConvArgs(ctypes.Structure):
     )
 
 
-def why_not(x: torch.Tensor) -> str | None:
-    """None if these kernels can serve a call on `x` (B, L, E), else the reason."""
+def why_not(x: torch.Tensor, weight: torch.Tensor | None = None) -> str | None:
+    """None if these kernels can serve a call on `x` (B, L, E) and `weight` (E, W), else the reason."""
     if (reason := library.why_not(x)) is not None:
         return reason
     if x.dtype not in DATA_TYPES:
         return f"{x.dtype} is not among float32, bfloat16 and float16"
+    if weight is not None and not 2 <= weight.shape[1] <= 4:
+        return f"the width is {weight.shape[1]}, not 2 to 4"
     return None
 
 

@@ -19,7 +19,7 @@ def _op(
     silu: bool,
     reverse: bool,
 ) -> torch.Tensor:
-    backend = backends.module(backends.pick(x))
+    backend = backends.module(backends.pick(x, weight))
     return backend.forward(x, weight, bias, initial_state, silu=silu, reverse=reverse)
 
 
@@ -38,7 +38,7 @@ def _op_backward(
     silu: bool,
     reverse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    backend = backends.module(backends.pick(x))
+    backend = backends.module(backends.pick(x, weight))
     grads = backend.backward(dout, x, weight, bias, initial_state, silu=silu, reverse=reverse)
     return tuple(x.new_empty(0) if g is None else g for g in grads)
 
@@ -69,8 +69,8 @@ class _CausalConv1d(torch.autograd.Function):
     """The eager path: the same backends without the dispatcher's overhead."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, initial_state, silu, reverse):
-        ctx.backend = backends.module(backends.pick(x))
+    def forward(ctx, backend, x, weight, bias, initial_state, silu, reverse):
+        ctx.backend = backend
         ctx.silu, ctx.reverse = silu, reverse
         ctx.save_for_backward(x, weight, bias, initial_state)
         return ctx.backend.forward(x, weight, bias, initial_state, silu=silu, reverse=reverse)
@@ -79,7 +79,7 @@ class _CausalConv1d(torch.autograd.Function):
     def backward(ctx, dout):
         forbid_double_backward("causal_conv1d")
         grads = ctx.backend.backward(dout, *ctx.saved_tensors, silu=ctx.silu, reverse=ctx.reverse)
-        return *grads, None, None
+        return None, *grads, None, None
 
 
 def causal_conv1d(
@@ -115,4 +115,7 @@ def causal_conv1d(
         )
     if torch.compiler.is_compiling():
         return torch.ops.vision_mamba.causal_conv1d(x, weight, bias, initial_state, activation is not None, reverse)
-    return _CausalConv1d.apply(x, weight, bias, initial_state, activation is not None, reverse)
+    backend = backends.module(backends.pick(x, weight))
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, initial_state)):
+        return _CausalConv1d.apply(backend, x, weight, bias, initial_state, activation is not None, reverse)
+    return backend.forward(x, weight, bias, initial_state, silu=activation is not None, reverse=reverse)

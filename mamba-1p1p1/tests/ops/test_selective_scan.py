@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 from causal_conv1d_vim.backend import BackendError
-from mamba_ssm_vim import selective_scan, selective_scan_ref, use_backend
-from mamba_ssm_vim.ops.selective_scan import backends
+from mamba_ssm_vim import selective_scan, use_backend
+from mamba_ssm_vim.ops.selective_scan import backends, selective_scan_ref
 
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
 

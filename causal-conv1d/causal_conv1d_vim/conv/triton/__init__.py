@@ -12,8 +12,10 @@ TILE_T = 16
 BLOCK_E = 128
 
 
-def why_not(x: torch.Tensor) -> str | None:
-    """None if these kernels can serve a call on x (B, L, E), else the reason."""
+def why_not(x: torch.Tensor, weight: torch.Tensor | None = None) -> str | None:
+    """None if these kernels can serve a call on x (B, L, E) and weight (E, W), else the reason."""
+    if weight is not None and weight.shape[1] > MAX_WIDTH:
+        return f"the width is {weight.shape[1]}, more than {MAX_WIDTH}"
     return triton_support.why_not(x)
 
 

@@ -30,6 +30,8 @@ def why_not(u: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor) 
         return "complex A, B or C"
     if A.dtype is torch.float64:
         return "A is float64"
+    if B.dim() == C.dim() == 4 and B.shape[2] != C.shape[2]:
+        return "B and C have different numbers of groups"
     return native.why_not(library, u, A, B, C)
 
 
@@ -63,8 +65,6 @@ def _scan_args(
     B, b_constant, b_group = _projection(B)
     C, c_constant, c_group = _projection(C)
     groups = 1 if b_constant and c_constant else (C if b_constant else B).shape[2]
-    if not (b_constant or c_constant) and B.shape[2] != C.shape[2]:
-        raise ValueError(f"B and C must have as many groups as each other, got {B.shape[2]} and {C.shape[2]}")
     u, delta, z = rows(u), rows(delta), None if z is None else rows(z)
     A, D, delta_bias, initial_state, dt_weight = map(plain, (A, D, delta_bias, initial_state, dt_weight))
     threads = torch.get_num_threads() if batch * seqlen * dim * states >= _PARALLEL_FROM else 1

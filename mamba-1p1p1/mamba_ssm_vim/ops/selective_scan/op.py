@@ -75,16 +75,11 @@ class _SelectiveScan(torch.autograd.Function):
     """The eager path: the same backends without the dispatcher's overhead, chunk states kept for backward."""
 
     @staticmethod
-    def forward(ctx, u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, reverse, save):
-        backend = backends.module(backends.pick(u, A, B, C))
-        out, last_state, saved = backend.forward(
-            u, delta, A, B, C, D, z, delta_bias, initial_state,
-            delta_softplus=delta_softplus, reverse=reverse, save=save,
-        )  # fmt: skip
-        if save:
-            ctx.backend, ctx.delta_softplus, ctx.reverse = backend, delta_softplus, reverse
-            ctx.save_for_backward(u, delta, A, B, C, D, z, delta_bias, initial_state, *saved)
-            ctx.set_materialize_grads(False)
+    def forward(ctx, backend, delta_softplus, reverse, *inputs):
+        out, last_state, saved = backend.forward(*inputs, delta_softplus=delta_softplus, reverse=reverse, save=True)
+        ctx.backend, ctx.delta_softplus, ctx.reverse = backend, delta_softplus, reverse
+        ctx.save_for_backward(*inputs, *saved)
+        ctx.set_materialize_grads(False)
         return out, last_state
 
     @staticmethod
@@ -98,7 +93,7 @@ class _SelectiveScan(torch.autograd.Function):
         grads = ctx.backend.backward(
             dout, dlast_state, *inputs, saved, delta_softplus=ctx.delta_softplus, reverse=ctx.reverse, out_scale=1.0
         )
-        return *grads, None, None, None
+        return None, None, None, *grads
 
 
 def _check(u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor) -> None:
@@ -151,7 +146,10 @@ def selective_scan(
             u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, reverse
         )
     else:
+        backend = backends.module(backends.pick(u, A, B, C))
         tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-        save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        out, last_state = _SelectiveScan.apply(*tensors, delta_softplus, reverse, save)
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+            out, last_state = _SelectiveScan.apply(backend, delta_softplus, reverse, *tensors)
+        else:
+            out, last_state, _ = backend.forward(*tensors, delta_softplus=delta_softplus, reverse=reverse)
     return (out, last_state) if return_last_state else out

@@ -1,0 +1,43 @@
+"""Residual add and norm under the published names, with the argument order of mamba_ssm 1."""
+
+import torch
+
+from mamba_ssm_vim.ops.norm import RMSNorm, layer_norm_fn, rms_norm_fn
+from mamba_ssm_vim.ops.norm.reference import add_norm_ref
+
+__all__ = ["RMSNorm", "layer_norm_fn", "layer_norm_ref", "rms_norm_fn", "rms_norm_ref"]
+
+
+def layer_norm_ref(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    prenorm: bool = False,
+    upcast: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """`layer_norm_fn` in plain PyTorch: y, and with `prenorm` the sum, in float32 if `upcast`, else in x's dtype.
+
+    The arithmetic is float32 either way.
+    """
+    return _ref(x, weight, bias, residual, eps, prenorm, upcast, rms=False)
+
+
+def rms_norm_ref(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    prenorm: bool = False,
+    upcast: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """`rms_norm_fn` in plain PyTorch; see `layer_norm_ref`."""
+    return _ref(x, weight, bias, residual, eps, prenorm, upcast, rms=True)
+
+
+def _ref(x, weight, bias, residual, eps, prenorm, upcast, *, rms):
+    dtype = torch.promote_types(x.dtype, torch.float32) if upcast else x.dtype
+    y, total = add_norm_ref(x, residual, weight, bias, eps=eps, rms=rms, residual_dtype=dtype)
+    return (y, total) if prenorm else y

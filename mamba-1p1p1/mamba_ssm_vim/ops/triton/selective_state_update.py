@@ -1,0 +1,141 @@
+"""One step of the selective scan for token-by-token inference: the published function and its reference."""
+
+import torch
+import torch.nn.functional as F
+
+from mamba_ssm_vim.ops.selective_scan import selective_scan
+
+_Optional = torch.Tensor | None
+
+
+def selective_state_update(
+    state: torch.Tensor,
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: _Optional = None,
+    z: _Optional = None,
+    dt_bias: _Optional = None,
+    dt_softplus: bool = False,
+    state_batch_indices: _Optional = None,
+) -> torch.Tensor:
+    """h = exp(dt A) h + dt B x, in place in `state`; y = (C h + D x) SiLU(z): a scan over a single token.
+
+    Every shape may carry a dimension of heads before `dim` (Mamba-2); B and C then have one of groups, which divide the
+    heads. Gradients reach the other tensors; the state is data, not differentiated.
+
+    Args:
+        state: (batch, [heads,] dim, dstate), or (rows, ...) with `state_batch_indices`; any floating dtype.
+        x: (batch, [heads,] dim).
+        dt: like x; with `dt_softplus` the step is softplus(dt + dt_bias).
+        A: ([heads,] dim, dstate).
+        B, C: (batch, [groups,] dstate).
+        D: ([heads,] dim) or None.
+        z: like x, or None.
+        dt_bias: ([heads,] dim) or None.
+        dt_softplus: see `dt`.
+        state_batch_indices: (batch,) integers or None: the row of `state` of each batch entry; for a negative one the
+            output is zero and no row is touched.
+
+    Returns:
+        Like x, in its dtype; the arithmetic is float32.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    if state_batch_indices is not None:
+        return _update_rows(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices)
+    _check(state, x, dt, A, B, C, D, z, dt_bias)
+    channels = x[0].numel() if x.shape[0] else x.shape[1:].numel()
+
+    def token(t):
+        return None if t is None else t.reshape(t.shape[0], 1, channels)
+
+    def per_channel(t):
+        return None if t is None else t.reshape(channels)
+
+    def projection(t):
+        return t.unsqueeze(1) if t.dim() == 3 else t[:, None, None]
+
+    before = state.reshape(-1, channels, state.shape[-1])
+    if torch.is_grad_enabled():
+        before = before.detach().clone()  # backward needs what the update overwrites
+    out, after = selective_scan(
+        token(x), token(dt), A.reshape(channels, -1), projection(B), projection(C), per_channel(D), token(z),
+        per_channel(dt_bias), delta_softplus=dt_softplus, initial_state=before, return_last_state=True,
+    )  # fmt: skip
+    with torch.no_grad():
+        state.copy_(after.view(state.shape))
+    return out.view(x.shape)
+
+
+def selective_state_update_ref(
+    state: torch.Tensor,
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: _Optional = None,
+    z: _Optional = None,
+    dt_bias: _Optional = None,
+    dt_softplus: bool = False,
+) -> torch.Tensor:
+    """`selective_state_update` without `state_batch_indices`, in plain PyTorch."""
+    _check(state, x, dt, A, B, C, D, z, dt_bias)
+    compute = torch.promote_types(x.dtype, torch.float32)
+    step = dt.to(compute) if dt_bias is None else dt.to(compute) + dt_bias.to(compute)
+    step = (F.softplus(step) if dt_softplus else step).unsqueeze(-1)
+
+    def per_channel(t):
+        if t.dim() == 3:
+            t = t.repeat_interleave(x.shape[1] // t.shape[1], dim=1)
+        return t.to(compute).unsqueeze(-2)
+
+    before = state.detach().to(compute, copy=True)
+    after = torch.exp(step * A.to(compute)) * before + step * per_channel(B) * x.to(compute).unsqueeze(-1)
+    out = (after * per_channel(C)).sum(-1)
+    if D is not None:
+        out = out + x.to(compute) * D.to(compute)
+    if z is not None:
+        out = out * F.silu(z.to(compute))
+    with torch.no_grad():
+        state.copy_(after)
+    return out.to(x.dtype)
+
+
+def _check(state, x, dt, A, B, C, D, z, dt_bias) -> None:
+    if state.dim() not in (3, 4):
+        raise ValueError(f"state must be (batch, dim, dstate) or (batch, heads, dim, dstate), got {tuple(state.shape)}")
+    batch, *channels, dstate = state.shape
+    for name, t, shape in (
+        ("x", x, (batch, *channels)),
+        ("dt", dt, (batch, *channels)),
+        ("A", A, (*channels, dstate)),
+        ("D", D, tuple(channels)),
+        ("z", z, (batch, *channels)),
+        ("dt_bias", dt_bias, tuple(channels)),
+    ):
+        if t is not None and t.shape != shape:
+            raise ValueError(f"{name} must be {shape} for a state {tuple(state.shape)}, got {tuple(t.shape)}")
+    for name, t in (("B", B), ("C", C)):
+        fits = t.dim() == state.dim() - 1 and t.shape[0] == batch and t.shape[-1] == dstate
+        if not fits or (t.dim() == 3 and (t.shape[1] == 0 or channels[0] % t.shape[1])):
+            expected = "(batch, dstate)" if state.dim() == 3 else "(batch, groups, dstate), with groups dividing heads"
+            raise ValueError(f"{name} must be {expected} for a state {tuple(state.shape)}, got {tuple(t.shape)}")
+
+
+def _update_rows(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, indices) -> torch.Tensor:
+    if indices.shape != x.shape[:1]:
+        raise ValueError(f"state_batch_indices must be ({x.shape[0]},), got {tuple(indices.shape)}")
+    live = indices >= 0
+    rows = indices[live].long()
+    states = state[rows]
+    out = selective_state_update(
+        states, x[live], dt[live], A, B[live], C[live], D, None if z is None else z[live], dt_bias, dt_softplus
+    )
+    with torch.no_grad():
+        state[rows] = states
+    return out.new_zeros(x.shape).index_put((live,), out)
