@@ -45,6 +45,7 @@ class Bench:
         self.gpu = self.device == "cuda"
         self.rows: list[dict] = []
         self.failures: list[str] = []
+        self.judged = 0  # tensors compared
         self.started = time.monotonic()
         self.bandwidth = self.special_rate = None
 
@@ -176,6 +177,14 @@ def kernels(bench: Bench) -> None:
                 measure("scan backward", backend,
                         functools.partial(module.backward, dout, None, *tensors, saved, **flags),
                         7 * cells * item, 22 * cells)  # fmt: skip
+                if backend == "cuda":
+                    boundaries = cells * N * 4 / module.TILE
+                    measure("scan forward, saving", backend,
+                            functools.partial(module.forward, *tensors, **flags, save=True),
+                            4 * cells * item + boundaries, 19 * cells)  # fmt: skip
+                    for pairs in (True, False):
+                        measure(f"both scans, {1 + pairs} channels a lane", backend,
+                                both_scans(module, tensors, pairs), 7 * cells * item, 36 * cells)  # fmt: skip
             flags = {"silu": True, "reverse": False}
             for backend, module in available(conv_backends, x):
                 args = (x, weight, bias, None)
@@ -199,6 +208,15 @@ def kernels(bench: Bench) -> None:
                 measure("norm forward", backend, forward, cells // 2 * (2 * item + 8), 0)
                 measure("norm backward", backend, backward, cells // 2 * (2 * item + 12), 0)
     original(bench)
+
+
+def both_scans(module, tensors: list, pairs: bool) -> Callable:
+    """The CUDA mixer's scan: both directions in one launch."""
+    names = ("u", "delta", "A", "B", "C", "D", None, "delta_bias", "initial_state")
+    side = {n: t for n, t in zip(names, tensors, strict=True) if n} | {"last_state": None}
+    sides = [side | {"reverse": reverse} for reverse in (False, True)]
+    out, flags = torch.empty_like(tensors[0]), {"delta_softplus": True, "scale": 0.5, "save": False, "pairs": pairs}
+    return functools.partial(module.launch_forward, sides, tensors[6], out, **flags)
 
 
 def original(bench: Bench) -> None:
@@ -240,7 +258,7 @@ def mixers(bench: Bench) -> None:
                 common = {"backend": backend, "dtype": short(dtype), "batch": batch, "size": name}
                 share = None if floor is None else floor / seconds
                 bench.add("mixer", "mixer forward", **common, ms=seconds * 1e3, of_floor=share)
-                seconds = bench.time(functools.partial(mixer_step, xz, ways, dout), graph=False)
+                seconds = bench.time(functools.partial(mixer_step, xz, ways, dout), graph=True, repeats=3)
                 bench.add("mixer", "mixer forward and backward", **common, ms=seconds * 1e3)
 
 
@@ -258,9 +276,9 @@ def make_model(bench: Bench, name: str, resolution: int, *, plain_attention: boo
 
 
 def run_model(
-    bench: Bench, section: str, what: str, model, batch, size, dtype, *, train=False, backend=None, graph=None
+    bench: Bench, section: str, what: str, model, batch, size, dtype, *, train=False, backend=None, graph=False
 ) -> None:
-    """One row: forward, or forward, backward and gradient reset; graph replays for batches up to 8 forward."""
+    """One row: forward, or forward, backward and gradient reset; eager, or replayed from a CUDA graph."""
     images = torch.randn(batch, 3, size, size, device=bench.device)
     narrow = torch.autocast(bench.device, dtype=dtype, enabled=dtype != torch.float32)
     model.train(train)
@@ -277,8 +295,6 @@ def run_model(
             p.grad = None
 
     labels = torch.randint(10, (batch,), device=bench.device)
-    if graph is None:
-        graph = not train and batch <= 8
     row = {"backend": backend or "auto", "dtype": short(dtype), "batch": batch, "size": size}
     note = {"note": "graph replay"} if graph and bench.gpu else {}
     try:
@@ -295,24 +311,30 @@ def run_model(
 
 
 def models(bench: Bench) -> None:
-    """Vim-Ti and Vim-S at 224 pixels, inference and training step, and small batches from graphs."""
+    """Vim-Ti and Vim-S at 224 pixels, inference and training step, replayed from CUDA graphs and eager."""
     tiny, quick = bench.options.tiny, bench.options.quick
     names = {"vim_nano_patch4_32": 32} if tiny else {"vim_tiny_patch16_224": 224, "vim_small_patch16_224": 224}
+    full, half = torch.float32, torch.bfloat16
     for name, size in names.items():
         model = make_model(bench, name, size)
-        for train in (False, True):
-            for dtype in (torch.float32,) if tiny else (torch.bfloat16, torch.float32):
-                if not bench.spare():
-                    return
-                what = name + (" training step" if train else " inference")
-                run_model(bench, "models", what, model, 1 if tiny else 128, size, dtype, train=train)
-        for batch in () if tiny or quick else (1, 8, 128):
-            run_model(bench, "models", name + " inference", model, batch, size, torch.bfloat16, graph=True)
-        if bench.gpu and not quick:
-            run_model(bench, "models", name + " inference", model, 128, size, torch.bfloat16, backend="triton")
-            run_model(
-                bench, "models", name + " training step", model, 128, size, torch.bfloat16, train=True, backend="triton"
-            )
+        infer, step = name + " inference", name + " training step"
+        if tiny:
+            runs = [(infer, 1, full, {}), (step, 1, full, {"train": True})]
+        else:
+            runs = [
+                (infer, 128, half, {"graph": True}), (infer, 128, half, {}),
+                (step, 128, half, {"graph": True, "train": True}), (step, 128, half, {"train": True}),
+                (infer, 128, full, {"graph": True}), (step, 128, full, {"graph": True, "train": True}),
+            ]  # fmt: skip
+            runs += [] if quick else [
+                (infer, 1, half, {"graph": True}), (infer, 8, half, {"graph": True}),
+                (infer, 128, half, {"graph": True, "backend": "triton"}),
+                (step, 128, half, {"graph": True, "train": True, "backend": "triton"}),
+            ]  # fmt: skip
+        for what, batch, dtype, more in runs:
+            if not bench.spare():
+                return
+            run_model(bench, "models", what, model, batch, size, dtype, **more)
         del model
 
 
@@ -379,6 +401,14 @@ def table(bench: Bench) -> None:
     print("\n".join(bench.failures) or "no failures")
 
 
+def part(text: str) -> tuple[int, int]:
+    """ "I/N" as two numbers, 1 <= I <= N."""
+    number, count = (int(n) for n in text.split("/"))
+    if not 1 <= number <= count:
+        raise ValueError(text)
+    return number, count
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default=",".join(SECTIONS), help=f"sections, of {', '.join(SECTIONS)}")
@@ -387,6 +417,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder for results.csv and sweep.png")
     parser.add_argument("--seconds", type=float, default=330, help="start nothing new after this time")
     parser.add_argument("--sweep-batch", type=int, default=32, help="images per batch of the sweep")
+    parser.add_argument("--part", type=part, default=(1, 1), metavar="I/N", help="every N-th check, from the I-th: "
+                        "N processes, one for each I, share the time that compiling takes")  # fmt: skip
     options = parser.parse_args(argv)
     wanted = options.only.split(",")
     if unknown := set(wanted) - set(SECTIONS):

@@ -1,9 +1,16 @@
-"""Checks of every compiled kernel against the float64 reference, for gpu.py: values, gradients, repeatability."""
+"""Checks of every compiled kernel against float64 arithmetic, for gpu.py: values, gradients, repeatability.
 
+    python benchmarks/gpu_checks.py [--size small|Ti] [--dtype bfloat16]
+
+runs every CUDA kernel once and compares nothing: what compute-sanitizer (small) and ncu (Ti) want to look at.
+"""
+
+import argparse
 import functools
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from causal_conv1d_vim.backend import use_backend
 from causal_conv1d_vim.conv import backends as conv_backends
 from causal_conv1d_vim.conv import reference as conv_reference
@@ -11,7 +18,6 @@ from mamba_ssm_vim.ops.mixer import Direction, mixer
 from mamba_ssm_vim.ops.norm import add_norm_ref
 from mamba_ssm_vim.ops.norm import backends as norm_backends
 from mamba_ssm_vim.ops.selective_scan import backends as scan_backends
-from mamba_ssm_vim.ops.selective_scan import reference as scan_reference
 
 N = 16
 # Relative error in the norm: float32 sums in another order; one rounding to bfloat16 or float16, with room for the
@@ -37,9 +43,15 @@ def available(backends, *args) -> list:
     return found
 
 
+def rounded(device, dtype, *shape):
+    """Random numbers that bfloat16 holds, so that every dtype computes with the same ones."""
+    return torch.randn(shape, device=device).bfloat16().to(dtype)
+
+
 def scan_inputs(device, batch, seqlen, dim, dstate, groups, dtype):
-    u, delta, z = torch.randn(batch, seqlen, 3 * dim, device=device).to(dtype).split(dim, -1)
-    rows = torch.randn(batch, seqlen, 5 + 2 * groups * dstate, device=device).to(dtype)
+    """Column slices of wider tensors, as the mixer passes them; all numbers are bfloat16's, whatever the dtype."""
+    u, delta, z = rounded(device, dtype, batch, seqlen, 3 * dim).split(dim, -1)
+    rows = rounded(device, dtype, batch, seqlen, 5 + 2 * groups * dstate)
     B, C = rows[..., 5:].unflatten(-1, (2, groups, dstate)).unbind(2)
     A = -4 * torch.rand(dim, dstate, device=device) - 0.1
     D, bias = torch.randn(dim, device=device), torch.randn(dim, device=device) - 3
@@ -72,6 +84,7 @@ def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 def judge(bench, what: str, actual, expected, limit: float) -> None:
     """Compare tensor by tensor in the relative norm; NaN fails."""
     for index, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        bench.judged += e is not None
         if e is not None and not error(a, e) <= limit:
             bench.failures.append(f"{what}, tensor {index}: error {error(a, e):.1e}, limit {limit:.0e}")
             print("  FAILED " + bench.failures[-1], flush=True)
@@ -85,36 +98,62 @@ def same(bench, what: str, function: Callable) -> None:
         print("  FAILED " + bench.failures[-1], flush=True)
 
 
-def check_scan(bench, name: str, module, shape, dtype, reverse: bool) -> None:
-    tensors = scan_inputs(bench.device, *shape, dtype)
+def exact_scan(u, delta, A, B, C, D, z, bias, initial, *, reverse: bool, scale: float):
+    """(out, last state) of the scan in log2(L) steps over whole tensors: differentiable, quick in float64 on a GPU."""
+    if reverse:
+        u, delta, B, C, z = (t.flip(1) for t in (u, delta, B, C, z))
+    dt = F.softplus(delta + bias)
+    per_group = u.shape[2] // B.shape[2]
+    B, C = (t.repeat_interleave(per_group, 2) for t in (B, C))
+    decay = torch.exp(dt.unsqueeze(-1) * A)
+    state = (dt * u).unsqueeze(-1) * B
+    state = torch.cat([state[:, :1] + decay[:, :1] * initial.unsqueeze(1), state[:, 1:]], 1)
+    step = 1
+    while step < u.shape[1]:
+        state = torch.cat([state[:, :step], state[:, step:] + decay[:, step:] * state[:, :-step]], 1)
+        decay = torch.cat([decay[:, :step], decay[:, step:] * decay[:, :-step]], 1)
+        step *= 2
+    out = ((state * C).sum(-1) + D * u) * F.silu(z) * scale
+    return (out.flip(1) if reverse else out), state[:, -1]
+
+
+def check_scan(bench, modules, shape, dtypes, reverse: bool) -> None:
     flags = {"delta_softplus": True, "reverse": reverse, "out_scale": 0.5}
-    wide = [t.double() for t in tensors]
-    out, last, saved = module.forward(*tensors, **flags, save=True)
-    dout, dlast = torch.randn_like(out), torch.randn_like(last)
-    what = f"{name} scan {shape} {short(dtype)} reverse={reverse}"
-    judge(bench, what, (out, last), scan_reference.forward(*wide, **flags)[:2], LIMITS[dtype])
-    wanted = scan_reference.backward(dout.double(), dlast.double(), *wide, [], **flags)
-    again = functools.partial(module.backward, dout, dlast, *tensors, saved, **flags)
-    judge(bench, what + " gradient", again(), wanted, LIMITS[dtype])
-    same(bench, what, again)
-    added, _, _ = module.forward(*tensors, **flags, accumulate_into=out.clone())
-    judge(bench, what + " accumulated", [added], [2 * out.double()], LIMITS[dtype])
+    tensors = scan_inputs(bench.device, *shape, torch.float32)
+    wide = [t.double().requires_grad_() for t in tensors]
+    exact = exact_scan(*wide, reverse=reverse, scale=0.5)
+    dout, dlast = rounded(bench.device, torch.float32, *exact[0].shape), torch.randn_like(exact[1]).float()
+    wanted = torch.autograd.grad(exact, wide, [dout.double(), dlast.double()])
+    for (name, module), dtype in ((m, d) for m in modules for d in dtypes):
+        what = f"{name} scan {shape} {short(dtype)} reverse={reverse}"
+        narrow = [t.to(dtype) if i in (0, 1, 3, 4, 6) else t for i, t in enumerate(tensors)]
+        out, last, saved = module.forward(*narrow, **flags, save=True)
+        judge(bench, what, (out, last), exact, LIMITS[dtype])
+        again = functools.partial(module.backward, dout.to(dtype), dlast, *narrow, saved, **flags)
+        judge(bench, what + " gradient", again(), wanted, LIMITS[dtype])
+        same(bench, what + " gradient", again)
+        same(bench, what, lambda m=module, t=narrow: m.forward(*t, **flags)[:2])
+        added, _, _ = module.forward(*narrow, **flags, accumulate_into=out.clone())
+        judge(bench, what + " accumulated", [added], [2 * out.double()], LIMITS[dtype])
 
 
-def check_conv(bench, name: str, module, shape, dtype, reverse: bool) -> None:
+def check_conv(bench, modules, shape, dtypes, reverse: bool) -> None:
     batch, seqlen, dim, width = shape
-    x = torch.randn(batch, seqlen, 2 * dim, device=bench.device).to(dtype)[..., dim:]
-    tensors = [x, torch.randn(dim, width, device=bench.device), torch.randn(dim, device=bench.device),
-               torch.randn(batch, width - 1, dim, device=bench.device).to(dtype)]  # fmt: skip
     flags = {"silu": True, "reverse": reverse}
+    tensors = [rounded(bench.device, torch.float32, batch, seqlen, 2 * dim)[..., dim:],
+               torch.randn(dim, width, device=bench.device), torch.randn(dim, device=bench.device),
+               rounded(bench.device, torch.float32, batch, width - 1, dim)]  # fmt: skip
     wide = [t.double() for t in tensors]
-    dout = torch.randn(batch, seqlen, dim, device=bench.device).to(dtype)
-    what = f"{name} conv {shape} {short(dtype)} reverse={reverse}"
-    judge(bench, what, [module.forward(*tensors, **flags)], [conv_reference.forward(*wide, **flags)], LIMITS[dtype])
+    dout = rounded(bench.device, torch.float32, batch, seqlen, dim)
+    exact = conv_reference.forward(*wide, **flags)
     wanted = conv_reference.backward(dout.double(), *wide, **flags)
-    again = functools.partial(module.backward, dout, *tensors, **flags)
-    judge(bench, what + " gradient", again(), wanted, LIMITS[dtype])
-    same(bench, what, again)
+    for (name, module), dtype in ((m, d) for m in modules for d in dtypes):
+        what = f"{name} conv {shape} {short(dtype)} reverse={reverse}"
+        narrow = [t.to(dtype) if i in (0, 3) else t for i, t in enumerate(tensors)]
+        judge(bench, what, [module.forward(*narrow, **flags)], [exact], LIMITS[dtype])
+        again = functools.partial(module.backward, dout.to(dtype), *narrow, **flags)
+        judge(bench, what + " gradient", again(), wanted, LIMITS[dtype])
+        same(bench, what, again)
 
 
 def check_norm(bench, name: str, module, shape, dtype, rms: bool) -> None:
@@ -151,32 +190,34 @@ def check_mixer(bench, name: str, shape, dtype, v1: bool) -> None:
     limit = 1e-4 if dtype == torch.float32 else 8 * LIMITS[dtype]
     with use_backend(name):
         judge(bench, what, mixer_step(xz, ways, dout), wanted, limit)
-        if dtype != torch.float32 or not bench.gpu:
-            same(bench, what, lambda: mixer_step(xz, ways, dout))
+        same(bench, what, lambda: mixer_step(xz, ways, dout))
 
 
 def check(bench) -> None:
-    """Every compiled kernel against the reference in float64."""
+    """Every compiled kernel against float64 arithmetic, and two runs against each other."""
     tiny, quick = bench.options.tiny, bench.options.quick
     probe = scan_inputs(bench.device, 1, 2, 4, N, 1, torch.float32)
     scans = (
         [(1, 9, 20, N, 1)] if tiny else [(2, 37, 70, N, 1), (3, 197, 384, N, 1), (1, 5, 3, 8, 1), (1, 600, 96, N, 2)]
     )
-    scans += [] if tiny or quick else [(1, 40, 20, 32, 1), (1, 33, 20, 64, 1), (1, 1, 32, N, 1)]
+    scans += [] if tiny else [(1, 40, 20, 32, 1), (1, 33, 20, 64, 1), (1, 1, 32, N, 1)]
+    scans += [] if tiny or quick else [(1, 6085, 64, N, 1), (40, 197, 384, N, 1)]
     convs = [(1, 9, 20, 4)] if tiny else [(2, 67, 10, 4), (1, 2, 7, 4), (2, 197, 384, 4), (1, 130, 258, 3)]
     norms = [(3, 40)] if tiny else [(2, 197, 192), (5, 7, 384), (3, 768), (2, 1000)]
     mixers = [(1, 7, 20)] if tiny else [(2, 197, 384), (1, 37, 70), (1, 600, 96)]
     dtypes = [torch.float32] if tiny else list(LIMITS)
+    scanners = available(scan_backends, probe[0], *probe[2:5])
+    convolvers = available(conv_backends, probe[0])
     jobs = [
-        *((check_scan, *m, s, d, r) for m in available(scan_backends, probe[0], *probe[2:5])
-          for s in scans for d in dtypes for r in (False, True)),
-        *((check_conv, *m, s, d, r) for m in available(conv_backends, probe[0])
-          for s in convs for d in dtypes for r in (False, True)),
+        *((check_scan, scanners, s, dtypes, r) for s in scans for r in (False, True)),
+        *((check_conv, convolvers, s, dtypes, r) for s in convs for r in (False, True)),
         *((check_norm, *m, s, d, r) for m in available(norm_backends, probe[0])
           for s in norms for d in dtypes for r in (True, False)),
-        *((check_mixer, name, s, d, v1) for name, _ in available(scan_backends, probe[0], *probe[2:5])
-          for s in mixers for d in dtypes for v1 in (False, True)),
+        *((check_mixer, name, s, d, v1) for name, _ in scanners
+          for s in mixers for d in dtypes for v1 in (False, True) if name != "cuda" or not v1),
     ]  # fmt: skip
+    part, parts = bench.options.part
+    jobs = jobs[part - 1 :: parts]
     done = 0
     for function, *arguments in jobs:
         if not bench.spare():
@@ -188,4 +229,44 @@ def check(bench) -> None:
             bench.failures.append(f"{function.__name__} {what}: {type(problem).__name__}: {str(problem)[:300]}")
             print("  FAILED " + bench.failures[-1], flush=True)
         done += 1
-    bench.add("check", f"{done} of {len(jobs)} comparisons made, {len(bench.failures)} failures")
+    names = sorted({name for name, _ in scanners + convolvers})
+    what = f"{done} of {len(jobs)} groups of comparisons made ({', '.join(names)})"
+    bench.add("check", f"{what}, {bench.judged} tensors, {len(bench.failures)} failures")
+
+
+def run_once(device: str, size: str, dtype: torch.dtype) -> None:
+    """Every CUDA kernel in both directions: scan (whole, cut in time, saving), convolution and mixer, and backward."""
+    from mamba_ssm_vim.ops.mixer import cuda as cuda_mixer
+
+    batch, seqlen, dim = {"small": (2, 37, 70), "Ti": (128, 197, 384)}[size]
+    for reverse in (False, True):
+        flags = {"delta_softplus": True, "reverse": reverse}
+        scan = scan_backends.module("cuda")
+        tensors = scan_inputs(device, batch, seqlen, dim, N, 1, dtype)
+        out, last, saved = scan.forward(*tensors, **flags, save=True)
+        scan.backward(out, last, *tensors, saved, **flags)
+        scan.forward(*scan_inputs(device, 1, 530, 20, N, 1, dtype), **flags)
+        x, weight, bias = tensors[0], torch.randn(dim, 4, device=device), torch.randn(dim, device=device)
+        conv = conv_backends.module("cuda")
+        conv.backward(conv.forward(x, weight, bias, None, silu=True, reverse=reverse), x, weight, bias, None,
+                      silu=True, reverse=reverse)  # fmt: skip
+    xz, ways = rounded(device, dtype, batch, seqlen, 2 * dim), directions(device, dim, 12)
+    out, kept = cuda_mixer.forward(xz, ways, scale=0.5, save=True)
+    cuda_mixer.backward(out, xz, ways, kept, scale=0.5)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="run every CUDA kernel once")
+    parser.add_argument("--size", choices=("small", "Ti"), default="small")
+    parser.add_argument("--dtype", choices=[short(d) for d in LIMITS], action="append")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name in options.dtype or [short(d) for d in LIMITS]:
+            run_once("cuda", options.size, getattr(torch, name))
+    torch.cuda.synchronize()
+    print("done")
+
+
+if __name__ == "__main__":
+    main()

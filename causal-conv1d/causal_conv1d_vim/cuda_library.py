@@ -64,11 +64,10 @@ class CudaLibrary:
         """None if this library can run on x's device, else the reason."""
         if not x.is_cuda or torch.version.hip is not None:
             return f"the tensors are on {x.device.type if not x.is_cuda else 'a ROCm device'}, not on a CUDA device"
-        if self._library is None:
-            if self._reason is None:
-                self._load()
-            if self._reason is not None:
-                return self._reason
+        if self._library is None and self._reason is None:
+            self._load()
+        if self._reason is not None:
+            return self._reason
         index = x.device.index
         if index not in self._checked:
             self._checked[index] = self._why_not_device(torch.cuda.get_device_capability(index))
@@ -82,15 +81,28 @@ class CudaLibrary:
         built = ", ".join(f"{major}.{minor}" for major, minor in self._architectures)
         return f"the GPU has compute capability {capability[0]}.{capability[1]}, the CUDA library was built for {built}"
 
+    def _function(self, name: str):
+        """A function of the library, which is loaded now if `why_not` has not done so."""
+        if self._library is None:
+            if self._reason is None:
+                self._load()
+            if self._reason is not None:
+                raise RuntimeError(self._reason)
+        return getattr(self._library, name)
+
     def query(self, name: str, *args: int) -> int:
-        """Result of an integer function of the library."""
-        return getattr(self._library, name)(*args)
+        """Result of an integer function of the library.
+
+        Raises:
+            RuntimeError: the library is not there or does not load.
+        """
+        return self._function(name)(*args)
 
     def launch(self, name: str, args: ctypes.Structure, x: torch.Tensor) -> None:
         """Run a launcher on the current stream of x's device.
 
         Raises:
-            RuntimeError: the launch failed; the message has CUDA's error number.
+            RuntimeError: the launch failed (the message has CUDA's error number), or the library is not there.
         """
         if x.device.index == torch.cuda.current_device():
             status = self._run(name, args, torch.cuda.current_stream(x.device).cuda_stream)
@@ -100,7 +112,7 @@ class CudaLibrary:
         self.check(name, status)
 
     def _run(self, name: str, args: ctypes.Structure, stream: int) -> int:
-        return getattr(self._library, name)(ctypes.byref(args), stream)
+        return self._function(name)(ctypes.byref(args), stream)
 
     def check(self, name: str, status: int) -> None:
         """Raise if a launcher's status says that it failed."""

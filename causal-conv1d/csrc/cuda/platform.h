@@ -173,6 +173,12 @@ inline void __syncthreads() {
     vim::emulation::barrier(block->arrived, block->generation, static_cast<int>(block->threads.size()));
 }
 
+inline void __syncwarp() {
+    auto* block = vim::emulation::block;
+    vim::emulation::Warp& warp = block->warps[block->current / 32];
+    vim::emulation::barrier(warp.arrived, warp.generation, 32);
+}
+
 inline float __shfl_xor_sync(unsigned, float value, int mask) {
     auto* block = vim::emulation::block;
     vim::emulation::Warp& warp = block->warps[block->current / 32];

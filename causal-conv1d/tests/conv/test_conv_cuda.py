@@ -104,7 +104,7 @@ def test_declines_the_cpu_and_wide_windows():
 def test_nvcc_compiles(architecture, tmp_path):
     nvcc = shutil.which("nvcc")
     if nvcc is None:
-        pytest.skip("nvcc is not on the PATH")
+        pytest.skip("nvcc is not on the PATH: the CUDA source was not compiled for any GPU")
     command = [nvcc, f"-arch=sm_{architecture}", "-std=c++17", "-O3", "--resource-usage", "-c", str(SOURCE)]
     report = subprocess.run([*command, "-o", str(tmp_path / "conv.o")], check=True, capture_output=True, text=True)
     assert "spill stores" in report.stderr

@@ -12,8 +12,11 @@ namespace vim {
 
 constexpr int kTile = 16;          // tokens per tile
 constexpr int kSideThreads = 64;   // forward scan: threads per direction in a block
-constexpr int kThreadStates = 16;  // forward scan: states per thread; 1, 2 or 4 neighbouring lanes share a channel
-constexpr int kPrefetch = 4;       // forward scan: tokens loaded ahead
+constexpr int kLanes = 4;          // forward scan: lanes that share a channel, and tokens that they take at a time
+#ifndef VIM_FORWARD_WARPS
+#define VIM_FORWARD_WARPS 24
+#endif
+constexpr int kForwardWarps = VIM_FORWARD_WARPS;  // that a multiprocessor is to hold: bounds the registers of a thread
 constexpr int kBackwardThreads = 256;
 constexpr int kStatesPerThread = 4;  // backward scan: states per thread; 4, 8 or 16 neighbouring lanes share a channel
 
@@ -52,7 +55,7 @@ struct ScanForwardArgs {
     int32_t chunk_tiles;   // tiles per chunk of time, 0: the whole sequence in one block
     int32_t save;          // write the boundary state of every tile
     float scale;
-    int32_t pairs;  // two channels per thread where alignment allows (two sides only)
+    int32_t pairs;  // two channels per lane where alignment allows
     int32_t reserved;
 };
 
@@ -82,9 +85,8 @@ struct ScanBackwardArgs {
 VIM_HD constexpr int padded_states(int dstate) { return dstate <= 16 ? 16 : dstate <= 32 ? 32 : 64; }
 
 // Blocks along the channels of the forward scan.
-constexpr int64_t forward_blocks(int64_t dim, int dstate, int64_t groups, int channels_per_thread) {
-    int64_t block_channels = kSideThreads * channels_per_thread / (padded_states(dstate) / kThreadStates);
-    return groups * ceil_div(dim / groups, block_channels);
+constexpr int64_t forward_blocks(int64_t dim, int64_t groups, int channels_per_lane) {
+    return groups * ceil_div(dim / groups, kSideThreads / kLanes * channels_per_lane);
 }
 
 // Floats of the backward kernel's shared memory: five (token, channel) tiles, B and C, partial sums over states for each

@@ -1,37 +1,75 @@
-// Selective scan, forward (Mamba eq. 2-4): a thread owns CPT neighbouring channels with all their states in registers and
-// walks over time; a block owns the channels of one batch row, and with two sides half of its threads run each direction.
+// Selective scan, forward (Mamba eq. 2-4): four lanes share a channel (or a pair of them), each with a quarter of its states
+// in registers, and walk over time four tokens at a time. What is per token and channel (loads, softplus, gate, store) a lane
+// does for one token of the four; the others get its step through shared memory, and the four partial sums over states meet
+// in a reduce-scatter. A block owns some channels of one batch row, and with two sides half of its threads run each direction.
 //
 // Both directions of a mixer meet in the middle: in the first half of its walk a side stores its plain y, in the second it
 // reads what the other side left, adds its own, gates and stores the result. Nothing is added atomically, z is read once,
 // and the barrier at each tile orders the two. With an odd number of tiles side 1 starts one step late, so that the two
 // never work on the same tile.
 #include <initializer_list>
+#include <type_traits>
 
 #include "scan.h"
 
 namespace vim {
 namespace {
 
-template <typename T, int CPT, int SIDES, bool STATES_ONLY>
-__global__ void __launch_bounds__(kSideThreads* SIDES) scan_forward_kernel(const ScanForwardArgs args) {
-    using Vector = Pack<T, CPT>;
+template <typename T>
+VIM_DEVICE const char* row_of(const void* data, int64_t offset) {
+    return reinterpret_cast<const char*>(static_cast<const T*>(data) + offset);
+}
+
+// One element for each of a lane's channels, as one word: taken apart only where it is used.
+template <typename T, int CPT>
+struct Word {
+    using Bits = std::conditional_t<sizeof(T) * CPT == 8, uint64_t, std::conditional_t<sizeof(T) * CPT == 4, uint32_t, uint16_t>>;
+    Bits bits = 0;
+
+    VIM_DEVICE void load(const char* place) { bits = *reinterpret_cast<const Bits*>(place); }
+
+    VIM_DEVICE float operator[](int c) const {
+        if constexpr (sizeof(T) == 4) {
+            union {
+                uint32_t half;
+                float number;
+            } cast;
+            cast.half = static_cast<uint32_t>(CPT == 2 && c == 1 ? static_cast<uint64_t>(bits) >> 32 : bits);
+            return cast.number;
+        } else {
+            return to_float(T{static_cast<uint16_t>(CPT == 2 && c == 1 ? static_cast<uint32_t>(bits) >> 16 : bits)});
+        }
+    }
+};
+
+// NPL: states per lane, CPT: channels per lane. The bound on registers is what lets Ti at batch 128 run in two full waves.
+template <typename T, int NPL, int CPT, int SIDES, bool STATES_ONLY>
+__global__ void __launch_bounds__(kSideThreads* SIDES, NPL == 4 ? kForwardWarps / SIDES / 2 : 1)
+    scan_forward_kernel(const ScanForwardArgs args) {
+    using Values = Word<T, CPT>;
+    using Steps = Pack<float, 2 * CPT>;
+    constexpr int kStates = NPL * kLanes;
+    constexpr int kRow = 2 * kStates;  // B | C of a token
+    constexpr int kPairs = 32 / kLanes;
+    constexpr int kStage = kTile * kRow / kSideThreads;  // elements of a tile of B and C that a thread brings in
+    constexpr int kGroups = kTile / kLanes;
     const int side_index = SIDES == 1 ? 0 : static_cast<int>(threadIdx.x) / kSideThreads;
-    const int lane = static_cast<int>(threadIdx.x) - side_index * kSideThreads;
+    const int thread = static_cast<int>(threadIdx.x) - side_index * kSideThreads;
+    const int warp = static_cast<int>(threadIdx.x) / 32;
+    const int column = thread % kPairs;        // which channels of the warp's
+    const int part = thread % 32 / kPairs;     // which states of theirs, and which token of each four
     const ScanSide& side = args.side[SIDES == 1 ? 0 : side_index];
     const bool reverse = side.reverse != 0;
     const int dstate = args.dstate;
-    const int states = padded_states(dstate);
-    const int split = CPT == 1 ? states / kThreadStates : 1;  // lanes that share a channel
 
     const int dim = static_cast<int>(args.dim);
     const int group_dim = dim / args.groups;
-    const int block_channels = kSideThreads * CPT / split;
-    const int channel_tiles = static_cast<int>(ceil_div(group_dim, block_channels));
+    constexpr int kChannels = kSideThreads / kLanes * CPT;  // of the block
+    const int channel_tiles = static_cast<int>(ceil_div(group_dim, kChannels));
     const int group = static_cast<int>(blockIdx.x) / channel_tiles;
-    const int in_group = (static_cast<int>(blockIdx.x) % channel_tiles) * block_channels + lane / split * CPT;
-    const bool live = in_group < group_dim;  // CPT divides group_dim: a thread's channels are all live or all dead
+    const int in_group = (static_cast<int>(blockIdx.x) % channel_tiles) * kChannels + (thread / 32 * kPairs + column) * CPT;
+    const bool live = in_group < group_dim;  // CPT divides group_dim: a lane's channels are all live or all dead
     const int channel = group * group_dim + (live ? in_group : 0);
-    const int part = lane % split * kThreadStates;  // first of this thread's states
     const int64_t batch = blockIdx.y;
 
     const int seqlen = static_cast<int>(args.seqlen);
@@ -43,93 +81,100 @@ __global__ void __launch_bounds__(kSideThreads* SIDES) scan_forward_kernel(const
     const int tile_end = tile_begin + chunk_tiles < total_tiles ? tile_begin + chunk_tiles : total_tiles;
     const int tiles = tile_end - tile_begin;
 
-    // Two buffers of (token, B | C) rows for each side, in float.
-    const int row_floats = 2 * states;
-    const int buffer_floats = kTile * row_floats;
-    float* bc_tiles = reinterpret_cast<float*>(vim_shared_memory) + side_index * 2 * buffer_floats;
+    // Two buffers of (token, B | C) rows for each side, then two of (part, column) steps for each warp, in float.
+    float* bc_tiles = reinterpret_cast<float*>(vim_shared_memory) + side_index * 2 * kTile * kRow;
+    Steps* steps_of_warp =
+        reinterpret_cast<Steps*>(reinterpret_cast<float*>(vim_shared_memory) + SIDES * 2 * kTile * kRow) + warp * 64;
 
-    const T* u = static_cast<const T*>(side.u) + batch * side.u_batch + channel;
-    const T* delta = static_cast<const T*>(side.delta) + batch * side.delta_batch + channel;
-    const T* z = args.z == nullptr ? nullptr : static_cast<const T*>(args.z) + batch * args.z_batch + channel;
-    const T* B = static_cast<const T*>(side.B) + batch * side.B_batch + group * side.B_group;
-    const T* C = static_cast<const T*>(side.C) + batch * side.C_batch + group * side.C_group;
-    const T* addend =
-        args.addend == nullptr ? nullptr : static_cast<const T*>(args.addend) + batch * args.addend_batch + channel;
-    T* out = STATES_ONLY ? nullptr : static_cast<T*>(args.out) + batch * args.out_batch + channel;
-    // Token strides are below 2^31 (checked on the host), so that an offset is one 32 x 32 -> 64 bit product.
-    const int u_token = static_cast<int>(side.u_token), delta_token = static_cast<int>(side.delta_token);
-    const int z_token = static_cast<int>(args.z_token), out_token = static_cast<int>(args.out_token);
-    const int addend_token = static_cast<int>(args.addend_token);
-    auto at = [](int t, int stride) { return static_cast<int64_t>(t) * stride; };
+    // Places are counted from 0 along the walk. What a lane reads and writes is found by pointers that move on by four tokens
+    // (the first to read u and delta are a group ahead, those to B and C a tile): few registers, and few instructions.
+    const int first_token = reverse ? tile_end * kTile - 1 : tile_begin * kTile;
+    const int onward = reverse ? -1 : 1;
+    const int size = static_cast<int>(sizeof(T));
+    auto start = [&](const void* data, int64_t batch_stride, int64_t token_stride, int64_t column_, int token) {
+        return const_cast<char*>(row_of<T>(data, batch * batch_stride + token * token_stride + column_));
+    };
+    auto stride = [&](int64_t token_stride) { return static_cast<int>(token_stride) * onward * kLanes * size; };
+    const int own_first = first_token + onward * part;
+    const char* u = start(side.u, side.u_batch, side.u_token, channel, own_first);
+    const char* delta = start(side.delta, side.delta_batch, side.delta_token, channel, own_first);
+    const bool gated = args.z != nullptr;
+    const char* z = gated ? start(args.z, args.z_batch, args.z_token, channel, own_first) : nullptr;
+    const bool added = SIDES == 1 && args.addend != nullptr;
+    const char* addend = added ? start(args.addend, args.addend_batch, args.addend_token, channel, own_first) : nullptr;
+    char* out = STATES_ONLY ? nullptr : start(args.out, args.out_batch, args.out_token, channel, own_first);
+    const int u_step = stride(side.u_token), delta_step = stride(side.delta_token), out_step = stride(args.out_token);
+    const int z_step = stride(args.z_token), addend_step = stride(args.addend_token);
     auto boundary_row = [&](int tile, int c) {
-        return side.boundaries + ((batch * total_tiles + tile) * dim + channel + c) * states + part;
+        return side.boundaries + ((batch * total_tiles + tile) * dim + channel + c) * kStates + part * NPL;
     };
     auto tile_at = [&](int walked) { return reverse ? tile_end - 1 - walked : tile_begin + walked; };
+    auto in_sequence = [&](int t) { return static_cast<unsigned>(t) < static_cast<unsigned>(seqlen); };
 
-    float rate[CPT][kThreadStates], state[CPT][kThreadStates], skip[CPT], bias[CPT], step_sum[CPT];
+    float rate[CPT][NPL], state[CPT][NPL], skip[CPT], bias[CPT], step_sum[CPT];
 #pragma unroll
     for (int c = 0; c < CPT; ++c) {
-        skip[c] = side.D == nullptr || part != 0 ? 0.0f : side.D[channel + c];
+        skip[c] = side.D == nullptr ? 0.0f : side.D[channel + c];
         bias[c] = side.delta_bias == nullptr ? 0.0f : side.delta_bias[channel + c];
         step_sum[c] = 0.0f;
 #pragma unroll
-        for (int n = 0; n < kThreadStates; ++n) {
-            const bool real = part + n < dstate;
-            rate[c][n] = real ? side.A[(channel + c) * dstate + part + n] * kLog2E : 0.0f;
+        for (int n = 0; n < NPL; ++n) {
+            const int index = part * NPL + n;
+            const bool real = index < dstate;
+            rate[c][n] = real ? side.A[(channel + c) * dstate + index] * kLog2E : 0.0f;
             state[c][n] = 0.0f;
             if (chunks > 1) {
                 if (!STATES_ONLY) state[c][n] = boundary_row(tile_at(0), c)[n];
             } else if (side.initial_state != nullptr && real) {
-                state[c][n] = side.initial_state[(batch * dim + channel + c) * dstate + part + n];
+                state[c][n] = side.initial_state[(batch * dim + channel + c) * dstate + index];
             }
         }
     }
 
-    // A (token, B | C) tile goes through registers on its way to shared memory, so that its latency hides behind a whole
-    // tile of work. Element k * kSideThreads + lane of the tile is this thread's.
-    auto bc_element = [&](int tile, int index) {
-        const int column = index % row_floats;
-        const bool second = column >= states;
-        const int n = second ? column - states : column;
-        const int t = tile * kTile + index / row_floats;
-        if (t >= seqlen || n >= dstate || (STATES_ONLY && second)) return from_float<T>(0.0f);
-        return second ? C[at(t, static_cast<int>(side.C_token)) + n] : B[at(t, static_cast<int>(side.B_token)) + n];
-    };
-    constexpr int kStage = kTile * 2 * kThreadStates / kSideThreads;
-    T stage[kStage];
-    const int stage_token = lane / (2 * kThreadStates), stage_n = lane % kThreadStates;
-    const bool stage_second = lane / kThreadStates % 2 != 0;
-    const T* stage_source = (stage_second ? C : B) + stage_n;
-    const int stage_stride = static_cast<int>(stage_second ? side.C_token : side.B_token);
-    const bool stage_live = stage_n < dstate && !(STATES_ONLY && stage_second);
-    auto fetch_bc = [&](int tile) {
-        if (split > 1) return;
+    // The next tile of (place, B | C) rows comes in piece by piece, one before each group of four tokens: element
+    // k * kSideThreads + thread of the piece is this thread's. Up to 32 states a thread's column is the same for all k; with
+    // 64, k alternates between B and C.
+    constexpr int kPiece = kStage / kGroups;
+    constexpr bool kAlternate = kRow > kSideThreads;
+    constexpr int kApart = kAlternate ? 1 : kSideThreads / kRow;  // tokens between a thread's elements of one matrix
+    const int bc_n = thread % kStates;
+    const bool bc_second = !kAlternate && thread % kRow >= kStates;
+    const int bc_first = first_token + onward * (kAlternate ? 0 : thread / kRow);
+    const int64_t B_first = batch * side.B_batch + group * side.B_group + bc_first * side.B_token + bc_n;
+    const int64_t C_first = batch * side.C_batch + group * side.C_group + bc_first * side.C_token + bc_n;
+    const char* bc = bc_second ? row_of<T>(side.C, C_first) : row_of<T>(side.B, B_first);
+    const char* other_bc = row_of<T>(side.C, C_first);  // of the elements with odd k, if they alternate
+    const int bc_step = stride(bc_second ? side.C_token : side.B_token), other_step = stride(side.C_token);
+    const bool bc_live = bc_n < dstate && !(STATES_ONLY && bc_second);
+    int bc_token = bc_first;
+    T piece[kPiece];
+    auto fetch_bc = [&] {
 #pragma unroll
-        for (int k = 0; k < kStage; ++k) {
-            const int t = tile * kTile + 2 * k + stage_token;
-            stage[k] = from_float<T>(0.0f);
-            if (stage_live && t < seqlen) stage[k] = stage_source[at(t, stage_stride)];
+        for (int k = 0; k < kPiece; ++k) {
+            const int apart = kAlternate ? k / 2 : k * kApart;
+            const bool odd_k = kAlternate && k % 2 != 0;
+            piece[k] = from_float<T>(0.0f);
+            if (!in_sequence(bc_token + onward * apart) || !bc_live || (STATES_ONLY && odd_k)) continue;
+            piece[k] = *reinterpret_cast<const T*>((odd_k ? other_bc : bc) + (odd_k ? other_step : bc_step) / kLanes * apart);
         }
+        bc_token += onward * kLanes;
+        bc += bc_step;
+        if (kAlternate) other_bc += other_step;
     };
-    auto put_bc = [&](int tile, int buffer) {
-        float* target = bc_tiles + buffer * buffer_floats;
-        if (split > 1) {
-            for (int index = lane; index < buffer_floats; index += kSideThreads)
-                target[index] = to_float(bc_element(tile, index));
-            return;
-        }
+    auto put_bc = [&](float* target) {
 #pragma unroll
-        for (int k = 0; k < kStage; ++k) target[k * kSideThreads + lane] = to_float(stage[k]);
+        for (int k = 0; k < kPiece; ++k) target[k * kSideThreads + thread] = to_float(piece[k]);
     };
 
-    // u, delta and z are loaded kPrefetch tokens ahead into a ring, across tiles.
-    Vector ring_u[kPrefetch], ring_delta[kPrefetch], ring_z[kPrefetch];
-    auto fetch = [&](int slot, int walked, int i) {
-        const int t = tile_at(walked) * kTile + (reverse ? kTile - 1 - i : i);
-        if (walked >= tiles || t >= seqlen) return;
-        ring_u[slot] = *reinterpret_cast<const Vector*>(u + at(t, u_token));
-        ring_delta[slot] = *reinterpret_cast<const Vector*>(delta + at(t, delta_token));
-        if (!STATES_ONLY && z != nullptr) ring_z[slot] = *reinterpret_cast<const Vector*>(z + at(t, z_token));
+    Values next_u, next_delta;
+    auto fetch = [&](int t) {
+        next_u.bits = next_delta.bits = 0;
+        if (in_sequence(t)) {
+            next_u.load(u);
+            next_delta.load(delta);
+        }
+        u += u_step;
+        delta += delta_step;
     };
 
     // Steps of the walk over tiles; with two sides and an odd number of tiles, side 1 is idle at step 0.
@@ -137,102 +182,137 @@ __global__ void __launch_bounds__(kSideThreads* SIDES) scan_forward_kernel(const
     const int late = side_index == 1 ? odd : 0;
     const int steps = tiles + odd;
 
-    fetch_bc(tile_at(0));
-    put_bc(tile_at(0), 0);
-#pragma unroll
-    for (int k = 0; k < kPrefetch; ++k) fetch(k, 0, k);
+    for (int g = 0; g < kGroups; ++g) {
+        fetch_bc();
+        put_bc(bc_tiles + g * kLanes * kRow);
+    }
+    fetch(own_first);
+    int t = own_first;  // this lane's token
+    int slot = 0;
     __syncthreads();
 
     for (int step = 0; step < steps; ++step) {
         const int walked = step - late;
         if (walked >= 0 && walked < tiles) {
             const int tile = tile_at(walked);
-            const int buffer = walked & 1;
-            if (walked + 1 < tiles) fetch_bc(tile_at(walked + 1));
+            const float* row = bc_tiles + (walked & 1) * kTile * kRow + part * NPL;
+            float* next_row = bc_tiles + (walked & 1 ^ 1) * kTile * kRow;
             // The side that comes to a tile second completes it; the other one is there at step `meets`.
             const int meets = tiles - 1 - walked + (side_index == 0 ? odd : 0);
             const bool second = SIDES == 2 && step > meets;
             const bool complete = SIDES == 1 || second;
-            const T* onto = SIDES == 2 ? (second ? out : nullptr) : addend;
-            const int onto_token = SIDES == 2 ? out_token : addend_token;
 
             if (args.save != 0 && live) {
 #pragma unroll
                 for (int c = 0; c < CPT; ++c)
 #pragma unroll
-                    for (int n = 0; n < kThreadStates; n += 4)
+                    for (int n = 0; n < NPL; n += 4)
                         *reinterpret_cast<float4*>(boundary_row(tile, c) + n) =
                             float4{state[c][n], state[c][n + 1], state[c][n + 2], state[c][n + 3]};
             }
 
-            const float* rows = bc_tiles + buffer * buffer_floats + part;
 #pragma unroll 1
-            for (int i0 = 0; i0 < kTile; i0 += kPrefetch) {
+            for (int g = 0; g < kGroups; ++g) {
+                const bool inside = in_sequence(t);
+                const Values now_u = next_u, now_delta = next_delta;
+                fetch_bc();
+                fetch(t + onward * kLanes);
+                Values gate, other;
+                if (!STATES_ONLY && inside && complete && gated) gate.load(z);
+                if (!STATES_ONLY && inside && second) other.load(out);
+                if (!STATES_ONLY && inside && added) other.load(addend);
+                Steps own;
 #pragma unroll
-                for (int k = 0; k < kPrefetch; ++k) {
-                    const int token = reverse ? kTile - 1 - (i0 + k) : i0 + k;
-                    const int t = tile * kTile + token;
-                    const Vector now_u = ring_u[k], now_delta = ring_delta[k], now_z = ring_z[k];
-                    fetch(k, i0 + kPrefetch < kTile ? walked : walked + 1, (i0 + kPrefetch) % kTile + k);
-                    if (t >= seqlen) continue;  // the same for the whole block
-                    Vector other = {};
-                    if (!STATES_ONLY && onto != nullptr) other = *reinterpret_cast<const Vector*>(onto + at(t, onto_token));
-                    const float* row = rows + token * row_floats;
-                    float dt[CPT], dtu[CPT], y[CPT];
+                for (int c = 0; c < CPT; ++c) {
+                    const float raw = now_delta[c] + bias[c];
+                    const float positive = softplus(raw);
+                    float dt = args.softplus != 0 ? positive : raw;
+                    if (!inside) dt = 0.0f;  // past the end the state stays as it is
+                    if (STATES_ONLY) step_sum[c] += dt;
+                    own.values[2 * c] = dt;
+                    own.values[2 * c + 1] = dt * now_u[c];
+                }
+                // Two sets of steps, in turn: a lane that is ahead by one group overwrites none that another still reads.
+                Steps* const steps_of_group = steps_of_warp + slot + column;
+                slot ^= 32;
+                steps_of_group[part * kPairs] = own;
+                __syncwarp();
+
+                float y[kLanes * CPT];
 #pragma unroll
-                    for (int c = 0; c < CPT; ++c) {
-                        const float input = to_float(now_u.values[c]);
-                        dt[c] = to_float(now_delta.values[c]) + bias[c];
-                        if (args.softplus != 0) dt[c] = softplus(dt[c]);
-                        dtu[c] = dt[c] * input;
-                        y[c] = skip[c] * input;
-                        if (STATES_ONLY) step_sum[c] += dt[c];
-                    }
+                for (int j = 0; j < kLanes; ++j) {
+                    const Steps now = steps_of_group[j * kPairs];
 #pragma unroll
-                    for (int n = 0; n < kThreadStates; n += 4) {
-                        const float4 b = *reinterpret_cast<const float4*>(row + n);
+                    for (int c = 0; c < CPT; ++c) y[j * CPT + c] = 0.0f;
+#pragma unroll
+                    for (int n = 0; n < NPL; n += 4) {
+                        const float4 b = *reinterpret_cast<const float4*>(row + j * kRow + n);
                         float4 weight = {0.0f, 0.0f, 0.0f, 0.0f};
-                        if (!STATES_ONLY) weight = *reinterpret_cast<const float4*>(row + states + n);
+                        if (!STATES_ONLY) weight = *reinterpret_cast<const float4*>(row + j * kRow + kStates + n);
 #pragma unroll
                         for (int c = 0; c < CPT; ++c) {
+                            const float dt = now.values[2 * c], dtu = now.values[2 * c + 1];
                             float* h = state[c] + n;
                             const float* a = rate[c] + n;
-                            h[0] = advance(h[0], dt[c], a[0], dtu[c], b.x);
-                            h[1] = advance(h[1], dt[c], a[1], dtu[c], b.y);
-                            h[2] = advance(h[2], dt[c], a[2], dtu[c], b.z);
-                            h[3] = advance(h[3], dt[c], a[3], dtu[c], b.w);
-                            if (STATES_ONLY) continue;
-                            y[c] = fmaf(weight.x, h[0], y[c]);
-                            y[c] = fmaf(weight.y, h[1], y[c]);
-                            y[c] = fmaf(weight.z, h[2], y[c]);
-                            y[c] = fmaf(weight.w, h[3], y[c]);
+                            float& sum = y[j * CPT + c];
+                            h[0] = advance(h[0], dt, a[0], dtu, b.x);
+                            h[1] = advance(h[1], dt, a[1], dtu, b.y);
+                            h[2] = advance(h[2], dt, a[2], dtu, b.z);
+                            h[3] = advance(h[3], dt, a[3], dtu, b.w);
+                            sum = fmaf(weight.x, h[0], sum);
+                            sum = fmaf(weight.y, h[1], sum);
+                            sum = fmaf(weight.z, h[2], sum);
+                            sum = fmaf(weight.w, h[3], sum);
                         }
                     }
-                    if (STATES_ONLY) continue;
-                    for (int mask = 1; mask < split; mask *= 2)
-#pragma unroll
-                        for (int c = 0; c < CPT; ++c) y[c] += __shfl_xor_sync(0xffffffffu, y[c], mask);
-                    Vector result;
-#pragma unroll
-                    for (int c = 0; c < CPT; ++c) {
-                        float value = y[c];
-                        if (SIDES == 2 && second) value += to_float(other.values[c]);
-                        if (complete) value *= args.scale;
-                        if (complete && z != nullptr) value *= silu(to_float(now_z.values[c]));
-                        if (SIDES == 1 && onto != nullptr) value += to_float(other.values[c]);
-                        result.values[c] = from_float<T>(value);
-                    }
-                    if (live && part == 0) *reinterpret_cast<Vector*>(out + at(t, out_token)) = result;
                 }
+                put_bc(next_row);
+                row += kLanes * kRow;
+                next_row += kLanes * kRow;
+                t += onward * kLanes;
+                if (STATES_ONLY) continue;
+                // Lane `part` keeps the sums of token `part`: it gives away the half of the tokens that it does not keep.
+                const bool upper = (part & 2) != 0, odd_part = (part & 1) != 0;
+                float value[CPT];
+#pragma unroll
+                for (int c = 0; c < CPT; ++c) {
+                    float kept[2];
+#pragma unroll
+                    for (int j = 0; j < 2; ++j) {
+                        const float low = y[j * CPT + c], high = y[(j + 2) * CPT + c];
+                        kept[j] = (upper ? high : low) + __shfl_xor_sync(0xffffffffu, upper ? low : high, 2 * kPairs);
+                    }
+                    value[c] = (odd_part ? kept[1] : kept[0]) +
+                               __shfl_xor_sync(0xffffffffu, odd_part ? kept[0] : kept[1], kPairs);
+                    value[c] = fmaf(skip[c], now_u[c], value[c]);
+                    if (SIDES == 2) value[c] += other[c];
+                }
+                if (complete && gated) {
+#pragma unroll
+                    for (int c = 0; c < CPT; ++c) value[c] *= silu(gate[c]);
+                }
+                Pack<T, CPT> result;
+#pragma unroll
+                for (int c = 0; c < CPT; ++c) {
+                    value[c] *= complete ? args.scale : 1.0f;
+                    result.values[c] = from_float<T>(SIDES == 1 ? value[c] + other[c] : value[c]);
+                }
+                if (live && inside) *reinterpret_cast<Pack<T, CPT>*>(out) = result;
+                z += z_step;
+                out += out_step;
+                if (added) addend += addend_step;
             }
-            if (walked + 1 < tiles) put_bc(tile_at(walked + 1), buffer ^ 1);
         }
         __syncthreads();
     }
 
-    if (!live) return;
 #pragma unroll
     for (int c = 0; c < CPT; ++c) {
+        if (STATES_ONLY) {
+            step_sum[c] += __shfl_xor_sync(0xffffffffu, step_sum[c], kPairs);
+            step_sum[c] += __shfl_xor_sync(0xffffffffu, step_sum[c], 2 * kPairs);
+        }
+        if (!live) continue;
         if (STATES_ONLY) {
             // What the chunk reaches from zero goes where the next chunk of the walk looks for the state it enters with.
             if (part == 0)
@@ -240,12 +320,12 @@ __global__ void __launch_bounds__(kSideThreads* SIDES) scan_forward_kernel(const
             const int next = reverse ? tile_begin - 1 : tile_end;
             if (next < 0 || next >= total_tiles) continue;
 #pragma unroll
-            for (int n = 0; n < kThreadStates; ++n) boundary_row(next, c)[n] = state[c][n];
+            for (int n = 0; n < NPL; ++n) boundary_row(next, c)[n] = state[c][n];
         } else if (side.last_state != nullptr && (reverse ? tile_begin == 0 : tile_end == total_tiles)) {
 #pragma unroll
-            for (int n = 0; n < kThreadStates; ++n)
-                if (part + n < dstate)
-                    side.last_state[(batch * dim + channel + c) * dstate + part + n] = state[c][n];
+            for (int n = 0; n < NPL; ++n)
+                if (part * NPL + n < dstate)
+                    side.last_state[(batch * dim + channel + c) * dstate + part * NPL + n] = state[c][n];
         }
     }
 }
@@ -282,26 +362,26 @@ __global__ void __launch_bounds__(256) join_chunks_kernel(const ScanForwardArgs 
     }
 }
 
-template <typename T, int CPT, int SIDES>
+template <typename T, int NPL, int CPT, int SIDES>
 int launch_forward(const ScanForwardArgs& args, void* stream) {
-    const int states = padded_states(args.dstate);
-    const int64_t blocks = forward_blocks(args.dim, args.dstate, args.groups, CPT);
+    constexpr int kStates = NPL * kLanes;
+    const int64_t blocks = forward_blocks(args.dim, args.groups, CPT);
     const int64_t tiles = ceil_div(args.seqlen, kTile);
     const int64_t chunks = args.chunk_tiles > 0 ? ceil_div(tiles, args.chunk_tiles) : 1;
     const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(args.batch), static_cast<unsigned>(chunks));
-    const size_t shared = sizeof(float) * SIDES * 2 * kTile * 2 * states;
+    const int threads = kSideThreads * SIDES;
+    const size_t shared = sizeof(float) * (SIDES * 2 * kTile * 2 * kStates + threads * 2 * 2 * CPT);
     if (chunks > 1) {
         ScanForwardArgs first = args;
         first.save = 0;
-        int status =
-            launch(scan_forward_kernel<T, CPT, SIDES, true>, grid, kSideThreads * SIDES, shared, stream, first);
+        int status = launch(scan_forward_kernel<T, NPL, CPT, SIDES, true>, grid, threads, shared, stream, first);
         if (status != kOk) return status;
-        const dim3 join_grid(static_cast<unsigned>(ceil_div(args.dim * states, 256)), static_cast<unsigned>(args.batch),
+        const dim3 join_grid(static_cast<unsigned>(ceil_div(args.dim * kStates, 256)), static_cast<unsigned>(args.batch),
                              SIDES);
         status = launch(join_chunks_kernel, join_grid, 256, 0, stream, args);
         if (status != kOk) return status;
     }
-    return launch(scan_forward_kernel<T, CPT, SIDES, false>, grid, kSideThreads * SIDES, shared, stream, args);
+    return launch(scan_forward_kernel<T, NPL, CPT, SIDES, false>, grid, threads, shared, stream, args);
 }
 
 // Whether every row of a tensor starts on a multiple of two elements, so that pairs of channels load as one word.
@@ -312,7 +392,7 @@ bool even_rows(const void* data, int64_t batch_stride, int64_t token_stride, int
 
 bool pairs_fit(const ScanForwardArgs& args) {
     const int64_t size = args.type == kFloat32 ? 4 : 2;
-    bool fit = args.dim / args.groups % 2 == 0 && padded_states(args.dstate) == kThreadStates &&
+    bool fit = args.dim / args.groups % 2 == 0 && padded_states(args.dstate) == 4 * kLanes &&
                even_rows(args.z, args.z_batch, args.z_token, size) &&
                even_rows(args.addend, args.addend_batch, args.addend_token, size) &&
                even_rows(args.out, args.out_batch, args.out_token, size);
@@ -324,20 +404,32 @@ bool pairs_fit(const ScanForwardArgs& args) {
     return fit;
 }
 
-template <typename T>
-int dispatch(const ScanForwardArgs& args, void* stream) {
-    if (args.sides == 1) return launch_forward<T, 1, 1>(args, stream);
-    return args.pairs != 0 && pairs_fit(args) ? launch_forward<T, 2, 2>(args, stream)
-                                              : launch_forward<T, 1, 2>(args, stream);
+template <typename T, int SIDES>
+int dispatch_states(const ScanForwardArgs& args, void* stream) {
+    switch (padded_states(args.dstate)) {
+        case 16:
+            return args.pairs != 0 && pairs_fit(args) ? launch_forward<T, 4, 2, SIDES>(args, stream)
+                                                      : launch_forward<T, 4, 1, SIDES>(args, stream);
+        case 32:
+            return launch_forward<T, 8, 1, SIDES>(args, stream);
+        default:
+            return launch_forward<T, 16, 1, SIDES>(args, stream);
+    }
 }
 
+template <typename T>
+int dispatch(const ScanForwardArgs& args, void* stream) {
+    return args.sides == 1 ? dispatch_states<T, 1>(args, stream) : dispatch_states<T, 2>(args, stream);
+}
+
+// Offsets within a row of tokens are products of a token and a stride in bytes, both in 32 bits.
 bool strides_fit(const ScanForwardArgs& args) {
     int64_t limit = args.seqlen;
     for (int64_t stride : {args.z_token, args.addend_token, args.out_token, args.side[0].u_token,
                            args.side[0].delta_token, args.side[0].B_token, args.side[0].C_token, args.side[1].u_token,
                            args.side[1].delta_token, args.side[1].B_token, args.side[1].C_token, args.dim * 64})
         limit = limit > stride ? limit : stride;
-    return limit < (int64_t{1} << 31) && args.batch < 65536;
+    return limit < (int64_t{1} << 29) && args.batch < 65536;
 }
 
 }  // namespace
@@ -356,8 +448,8 @@ extern "C" int vim_scan_forward(const vim::ScanForwardArgs* args, void* stream) 
     return kUnsupported;
 }
 
-extern "C" int64_t vim_scan_forward_blocks(int64_t dim, int32_t dstate, int32_t groups, int32_t channels_per_thread) {
-    return vim::forward_blocks(dim, dstate, groups, channels_per_thread);
+extern "C" int64_t vim_scan_forward_blocks(int64_t dim, int32_t groups, int32_t channels_per_lane) {
+    return vim::forward_blocks(dim, groups, channels_per_lane);
 }
 
 extern "C" int64_t vim_scan_boundary_floats(int64_t batch, int64_t seqlen, int64_t dim, int32_t dstate) {

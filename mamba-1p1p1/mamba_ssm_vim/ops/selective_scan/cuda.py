@@ -19,7 +19,7 @@ library = CudaLibrary(
         "vim_scan_boundary_floats": [int64, int64, int64, int32],
         "vim_scan_backward_workspace": [int64, int64, int64, int32, int32],
         "vim_scan_backward_shared_bytes": [int32],
-        "vim_scan_forward_blocks": [int64, int32, int32, int32],
+        "vim_scan_forward_blocks": [int64, int32, int32],
     },
 )
 
@@ -103,15 +103,16 @@ def common_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
     return types.pop() if len(types) == 1 else torch.float32
 
 
-def chunk_tiles(batch: int, seqlen: int, blocks: int, multiprocessors: int) -> int:
+def chunk_tiles(warps: int, seqlen: int, multiprocessors: int) -> int:
     """Tiles of 16 tokens per chunk when a long sequence is cut in time, 0 if one block walks the whole of it.
 
-    Cutting costs the exponentials of a second pass, so it pays only where the uncut grid leaves the chip mostly idle:
-    fewer than two blocks per multiprocessor, and at least 512 tokens to share out. Chunks have 128 tokens or more.
+    Cutting makes every exponential twice, so it pays only where the `warps` of the uncut grid leave the chip mostly
+    idle: fewer than one for each of a multiprocessor's four schedulers, and at least 512 tokens to share out. Cut,
+    there are up to 16 per multiprocessor; chunks have 128 tokens or more.
     """
-    if batch * blocks >= 2 * multiprocessors or seqlen < 512:
+    if warps >= 4 * multiprocessors or seqlen < 512:
         return 0
-    wanted = math.ceil(4 * multiprocessors / (batch * blocks))
+    wanted = math.ceil(16 * multiprocessors / warps)
     return max(8, math.ceil(math.ceil(seqlen / TILE) / wanted))
 
 
@@ -151,15 +152,15 @@ def launch_forward(
         sides: keyword arguments of `fill_side` (boundaries excepted) for one or two directions; u, delta, B, C, z, out
             and addend have one dtype.
         cut: tiles per chunk of time; None chooses.
-        pairs: let a thread own two channels where alignment allows (two sides only).
+        pairs: let a lane own two channels where alignment allows.
     """
     u, A, B = sides[0]["u"], sides[0]["A"], sides[0]["B"]
     batch, seqlen, dim = u.shape
     dstate, groups = A.shape[1], B.shape[2]
     args = ScanForwardArgs()
     if cut is None:
-        blocks = library.query("vim_scan_forward_blocks", dim, dstate, groups, 1)
-        cut = chunk_tiles(batch, seqlen, blocks, _multiprocessors(u.device))
+        blocks = library.query("vim_scan_forward_blocks", dim, groups, 2)
+        cut = chunk_tiles(batch * blocks * 2 * len(sides), seqlen, _multiprocessors(u.device))
     boundaries: list[torch.Tensor] = []
     alive: list[torch.Tensor | None] = []
     for side, tensors in zip(args.side, sides, strict=False):

@@ -1,6 +1,7 @@
 """The CUDA scan's kernels, run on the CPU through the emulation of platform.h, against the reference."""
 
 import ctypes
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -169,10 +170,10 @@ def test_mixed_types_run_in_float32(emulated):
 
 def test_launch_arithmetic(emulated):
     query = emulated.library.query
-    # 384 channels in blocks of 64, or of 128 with two channels a thread; 64 states take four lanes a channel.
-    assert query("vim_scan_forward_blocks", 384, 16, 1, 1) == 6
-    assert query("vim_scan_forward_blocks", 384, 16, 1, 2) == 3
-    assert query("vim_scan_forward_blocks", 384, 64, 1, 1) == 24
+    # 384 channels in blocks of 16, or of 32 with two channels a lane; a block lies within one group.
+    assert query("vim_scan_forward_blocks", 384, 1, 1) == 24
+    assert query("vim_scan_forward_blocks", 384, 1, 2) == 12
+    assert query("vim_scan_forward_blocks", 72, 2, 2) == 4
     # A block of sm_80, sm_90 and sm_100 gets at most 163, 227 and 227 KiB of shared memory.
     assert all(query("vim_scan_backward_shared_bytes", n) <= 163 * 1024 for n in (4, 16, 32, 64))
     # Sizes past 2^31 floats are counted in 64 bits: 256 x 6085 tokens (381 tiles), 1536 channels, 16 states.
@@ -182,9 +183,10 @@ def test_launch_arithmetic(emulated):
 
 
 def test_cutting_in_time_is_for_idle_chips():
-    assert cuda.chunk_tiles(128, 197, 6, 132) == 0  # Vim-Ti at 224 pixels, batch 128: the chip is full
-    assert cuda.chunk_tiles(1, 197, 6, 132) == 0  # too short to share out
-    tiles = cuda.chunk_tiles(1, 6085, 6, 132)
+    assert cuda.chunk_tiles(128 * 12 * 2, 197, 132) == 0  # Vim-Ti at 224 pixels, batch 128: the chip is full
+    assert cuda.chunk_tiles(12 * 2, 197, 132) == 0  # too short to share out
+    assert cuda.chunk_tiles(32 * 12 * 4, 6085, 132) == 0  # 1248 pixels, batch 32, both directions
+    tiles = cuda.chunk_tiles(12 * 4, 6085, 132)
     assert 8 <= tiles <= 381 // 4
 
 
@@ -200,16 +202,21 @@ def test_declines_what_it_cannot_do(monkeypatch):
     assert "128 states" in cuda.why_not(u, torch.zeros(3, 128), B, B)
 
 
+# Bytes per thread that the compiler may keep in local memory. The forward scan's registers are bounded so that six
+# blocks of Vim-Ti's mixer fit a multiprocessor; what gives way is used once per 16 tokens, not in the innermost loop.
+SPILL_LIMIT = {"scan_forward.cu": 256, "scan_backward.cu": 0}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["80", "90", "100"])
-@pytest.mark.parametrize("source", ["scan_forward.cu", "scan_backward.cu"])
-def test_nvcc_compiles_without_spills(source, architecture, tmp_path):
+@pytest.mark.parametrize("source", sorted(SPILL_LIMIT))
+def test_nvcc_compiles_and_spills_little(source, architecture, tmp_path):
     nvcc = shutil.which("nvcc")
     if nvcc is None:
-        pytest.skip("nvcc is not on the PATH")
+        pytest.skip("nvcc is not on the PATH: the CUDA sources were not compiled for any GPU")
     command = [nvcc, f"-arch=sm_{architecture}", "-std=c++17", "-O3", "--resource-usage", "-diag-suppress=128", "-c"]
     command += [str(CSRC / source), "-o", str(tmp_path / "scan.o")]
     report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    lines = [line for line in report.splitlines() if "spill stores" in line]
-    assert lines
-    assert all("0 bytes spill stores" in line for line in lines)
+    spills = [int(count) for count in re.findall(r"(\d+) bytes spill stores", report)]
+    assert spills
+    assert max(spills) <= SPILL_LIMIT[source]
