@@ -38,7 +38,7 @@ def build(args: argparse.Namespace) -> VisionMamba:
                 arguments["num_classes"] = len(state["head.weight"])
         model = timm.create_model(args.model, **arguments).eval()
         if state is not None:
-            load_into(model, state)
+            load_into(model, state, reset_head=False)
     except (CheckpointError, ValueError) as error:
         raise UserError(str(error)) from error
     return model

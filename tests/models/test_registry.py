@@ -1,13 +1,11 @@
 """Every registered model: size, names, and timm's contract on small images."""
 
-import argparse
-
 import pytest
 import timm
 import torch
 
 import vim
-from vim.models import CheckpointError, extract_state_dict, load_checkpoint, load_into
+from vim.models import load_into
 from vim.models.pos_embed import class_positions, resample_pos_embed, split_class_tokens
 
 # FACTS of the paper and the published files.
@@ -153,39 +151,6 @@ def test_misuse_is_named(nano):
         nano.forward_intermediates(torch.randn(1, 3, 32, 32), indices=[9])
     with pytest.raises(ValueError, match="output_fmt"):
         nano.forward_intermediates(torch.randn(1, 3, 32, 32), output_fmt="NHWC")
-
-
-@pytest.mark.parametrize("form", ["published", "ema", "ddp", "plain", "safetensors"])
-def test_every_form_of_checkpoint_loads(form, nano, tmp_path):
-    import safetensors.torch
-
-    state = nano.state_dict()
-    path = tmp_path / ("weights.safetensors" if form == "safetensors" else "weights.pth")
-    content = {
-        "published": {"model": state, "optimizer": {}, "epoch": 299, "args": argparse.Namespace(lr=1e-3, model="x")},
-        "ema": {"model": {k: torch.zeros_like(v) for k, v in state.items()}, "model_ema": state},
-        "ddp": {"model": {f"module.{k}": v for k, v in state.items()}},
-        "plain": state,
-    }
-    if form == "safetensors":
-        safetensors.torch.save_file(state, path)
-    else:
-        torch.save(content[form], path)
-    model = timm.create_model("vim_nano_patch4_32").eval()
-    load_into(model, extract_state_dict(load_checkpoint(path), use_ema=form == "ema"))
-    x = torch.randn(1, 3, 32, 32)
-    assert torch.equal(model(x), nano(x))
-    if form == "published":
-        overlaid = timm.create_model(
-            "vim_nano_patch4_32", pretrained=True, pretrained_cfg_overlay={"file": str(path)}
-        ).eval()
-        assert torch.equal(overlaid(x), nano(x))
-
-
-def test_offline_names_the_file(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(CheckpointError, match=r"vim_t_midclstok_76p1acc\.pth"):
-        timm.create_model("vim_tiny_patch16_224", pretrained=True)
 
 
 def test_random_position_and_rank(nano):

@@ -21,6 +21,7 @@ _logger = logging.getLogger("vision_mamba")
 # Published files keep their command line as a Namespace; it holds plain values and runs nothing when unpickled.
 _ALLOWED = [argparse.Namespace, OrderedDict]
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
+_EMA_KEYS = ("model_ema", "state_dict_ema")
 
 
 class CheckpointError(ValueError):
@@ -70,18 +71,26 @@ def _looks_like_pickle(path: Path) -> bool:
 
 
 def _from_hub(source: str) -> Path:
-    from huggingface_hub import hf_hub_download
+    import huggingface_hub  # here: slow to import, and seldom needed
 
     owner, _, rest = source.removeprefix("hf-hub:").partition("/")
     repository, _, filename = rest.partition("/")
+    repository, _, revision = repository.partition("@")
+    if not owner or not repository:
+        raise CheckpointError(f"{source} is no hub id: expected hf-hub:owner/repository[@revision][/file]")
     filename = filename or "model.safetensors"
     try:
-        return Path(hf_hub_download(f"{owner}/{repository}", filename))
+        return Path(huggingface_hub.hf_hub_download(f"{owner}/{repository}", filename, revision=revision or None))
     except Exception as error:  # network, authorisation and cache errors of three libraries
         raise CheckpointError(
             f"{filename} of {owner}/{repository} could not be downloaded ({type(error).__name__}): get it on a machine "
-            "with a network and give its path instead"
+            "with a network and give its path instead, or name another file with hf-hub:owner/repository/file"
         ) from error
+
+
+def has_ema(checkpoint: dict[str, Any]) -> bool:
+    """Whether a checkpoint holds averaged weights beside the model's."""
+    return any(isinstance(checkpoint.get(key), dict) and checkpoint[key] for key in _EMA_KEYS)
 
 
 def extract_state_dict(checkpoint: dict[str, Any], *, use_ema: bool = False) -> dict[str, torch.Tensor]:
@@ -92,7 +101,7 @@ def extract_state_dict(checkpoint: dict[str, Any], *, use_ema: bool = False) -> 
     Raises:
         CheckpointError: no tensors there, or EMA weights asked for that it does not hold.
     """
-    keys = ("model_ema", "state_dict_ema") if use_ema else ("model", "state_dict")
+    keys = _EMA_KEYS if use_ema else ("model", "state_dict")
     state = next((checkpoint[k] for k in keys if isinstance(checkpoint.get(k), dict)), None)
     if state is None:
         if use_ema:
@@ -101,14 +110,18 @@ def extract_state_dict(checkpoint: dict[str, Any], *, use_ema: bool = False) -> 
     state = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
     if not state:
         raise CheckpointError(f"the checkpoint holds no weights, only {', '.join(map(str, checkpoint)) or 'nothing'}")
-    for prefix in _WRAPPERS:
-        if all(k.startswith(prefix) for k in state):
-            state = {k.removeprefix(prefix): v for k, v in state.items()}
+    while prefix := next((p for p in _WRAPPERS if all(k.startswith(p) for k in state)), ""):
+        state = {k.removeprefix(prefix): v for k, v in state.items()}
     return state
 
 
 def load_into(
-    model: nn.Module, state_dict: dict[str, torch.Tensor], *, strict: bool = True, reset_head: bool = False
+    model: nn.Module,
+    state_dict: dict[str, torch.Tensor],
+    *,
+    strict: bool = True,
+    reset_head: bool = True,
+    grid: tuple[int, int] | None = None,
 ) -> list[str]:
     """Load weights into a model, resampling position embeddings to the model's grid.
 
@@ -116,7 +129,8 @@ def load_into(
         model: a VisionMamba, or any model whose names fit.
         state_dict: from `extract_state_dict`.
         strict: missing or unexpected names are an error, else a notice.
-        reset_head: a head of another number of classes is left at its initialisation, with a notice.
+        reset_head: a head of another number of classes is left at its initialisation, with a notice, else an error.
+        grid: rows and columns that the position embedding stands for; None means a square.
 
     Returns:
         The names that were left at their initialisation or ignored.
@@ -132,18 +146,19 @@ def load_into(
     own = model.state_dict()
     if isinstance(model, VisionMamba):
         try:
-            state = checkpoint_filter_fn(state, model)
+            state = checkpoint_filter_fn(state, model, grid=grid)
         except ValueError as error:
             raise CheckpointError(f"the checkpoint's position embedding does not fit the model: {error}") from error
     left_out = []
     if reset_head:
-        for name in [n for n in state if n.startswith("head.") and n in own and state[n].shape != own[n].shape]:
+        left_out = sorted(
+            n for n, t in state.items() if n.startswith("head.") and (n not in own or own[n].shape != t.shape)
+        )
+        for name in left_out:
             _logger.warning(
-                "%s has shape %s in the checkpoint and %s in the model: it starts afresh",
-                name, tuple(state[name].shape), tuple(own[name].shape),
+                "%s has shape %s in the checkpoint and %s in the model: it is left out",
+                name, tuple(state.pop(name).shape), tuple(own[name].shape) if name in own else "none",
             )  # fmt: skip
-            del state[name]
-            left_out.append(name)
     missing = sorted(set(own) - set(state) - set(left_out))
     unexpected = sorted(set(state) - set(own))
     shapes = sorted(n for n in set(own) & set(state) if own[n].shape != state[n].shape)

@@ -1,15 +1,18 @@
 """The registered models: sizes, published names and where their weights are."""
 
-import re
+import logging
+from pathlib import Path
 from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 
-from vim.models.checkpoint import CheckpointError, extract_state_dict
+from vim.models.checkpoint import CheckpointError, extract_state_dict, has_ema, load_checkpoint
 from vim.models.pos_embed import resample_pos_embed
 from vim.models.vision_mamba import VisionMamba
+
+_logger = logging.getLogger("vision_mamba")
 
 # What all published models share (table 7 of arXiv 2401.09417 and the published entry points).
 _PUBLISHED: dict[str, Any] = {
@@ -72,13 +75,25 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: VisionMamba) -> dict[str, torch.Tensor]:
-    """Published and own checkpoints → this model's state dict: unwrapped, and resampled to the model's patch grid."""
+def checkpoint_filter_fn(
+    state_dict: dict[str, Any], model: VisionMamba, *, grid: tuple[int, int] | None = None
+) -> dict[str, torch.Tensor]:
+    """Published and own checkpoints → this model's state dict: unwrapped, and resampled to the model's patch grid.
+
+    Args:
+        state_dict: a checkpoint or a state dict.
+        model: for which.
+        grid: rows and columns that the checkpoint's position embedding stands for; None means a square.
+
+    Raises:
+        CheckpointError: it holds no weights.
+        ValueError: a position embedding of no such grid.
+    """
     state_dict = extract_state_dict(state_dict)
     pos_embed = state_dict.get("pos_embed")
-    if pos_embed is not None and model.pos_embed is not None and pos_embed.shape != model.pos_embed.shape:
+    if pos_embed is not None and model.pos_embed is not None and (grid or pos_embed.shape != model.pos_embed.shape):
         state_dict["pos_embed"] = resample_pos_embed(
-            pos_embed, model.patch_embed.grid_size, class_token=model.class_token
+            pos_embed, model.patch_embed.grid_size, class_token=model.class_token, old_grid=grid
         )
     if model.rope is not None:
         # Rotary tables follow from the grid; those of the file may stand for another one.
@@ -86,30 +101,92 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: VisionMamba) -> dict
     return state_dict
 
 
+def _pretrained_filter(state_dict: dict[str, Any], model: VisionMamba) -> dict[str, torch.Tensor]:
+    """`checkpoint_filter_fn` with a notice where timm is about to drop the head without one."""
+    state_dict = checkpoint_filter_fn(state_dict, model)
+    head = state_dict.get("head.weight")
+    if head is not None and model.num_classes not in (0, len(head)):
+        _logger.warning(
+            "the checkpoint's head has %d classes, the model %d: the head starts afresh", len(head), model.num_classes
+        )
+    return state_dict
+
+
+def _weights_folder() -> Path:
+    """Where published files may be put by hand: torch's own folder of downloaded checkpoints."""
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
+def _with_weights(variant: str, cfg: Any, overlay: dict[str, Any] | None, cache_dir: Any) -> dict[str, Any]:
+    """The overlay of the pretrained configuration with the weights in it, read by this project's loader.
+
+    So a file and a hub download end in the same weights, are read without running code whatever timm's version, and
+    fail with one sentence. Sources that timm names itself (`hf-hub:`, `local-dir:`, URLs) are left to timm.
+    """
+    overlay = dict(overlay or {})
+    cfg = resolve_pretrained_cfg(variant, cfg, overlay)
+    if cfg.state_dict or cfg.url or cfg.source in ("hf-hub", "local-dir"):
+        return overlay
+    folder = _weights_folder() if cache_dir is None else Path(cache_dir)
+    if cfg.file:
+        source = str(cfg.file)
+    elif not cfg.hf_hub_id:
+        raise CheckpointError(
+            f"no weights are published for {variant}: pass pretrained=False, or "
+            "pretrained_cfg_overlay=dict(file='/path/to/weights.pth')"
+        )
+    elif not cfg.hf_hub_filename:
+        return overlay
+    elif (folder / cfg.hf_hub_filename).is_file():
+        source = str(folder / cfg.hf_hub_filename)
+    else:
+        source = f"hf-hub:{cfg.hf_hub_id}/{cfg.hf_hub_filename}"
+    try:
+        checkpoint = load_checkpoint(source)
+    except CheckpointError as error:
+        if not source.startswith("hf-hub:"):
+            raise
+        raise CheckpointError(
+            f"the weights of {variant} could not be downloaded ({type(error.__cause__).__name__}): get "
+            f"{cfg.hf_hub_filename} from huggingface.co/{cfg.hf_hub_id} on a machine with a network and put it into "
+            f"{folder}, or pass pretrained_cfg_overlay=dict(file='/path/to/{cfg.hf_hub_filename}')"
+        ) from error
+    # The accuracy of the base model is that of its averaged weights.
+    use_ema = variant.startswith("vim_base") and has_ema(checkpoint)
+    state_dict = extract_state_dict(checkpoint, use_ema=use_ema)
+    if "head.weight" in state_dict:
+        overlay.setdefault("num_classes", len(state_dict["head.weight"]))
+    return {**overlay, "file": None, "state_dict": state_dict}
+
+
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> VisionMamba:
     # timm's factory passes these to every model, set or not.
     for name in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
         if kwargs.get(name, 0) is None:
             del kwargs[name]
+    if pretrained:
+        kwargs["pretrained_cfg_overlay"] = _with_weights(
+            variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"), kwargs.get("cache_dir")
+        )
     try:
-        return build_model_with_cfg(
+        model = build_model_with_cfg(
             VisionMamba,
             variant,
             pretrained,
-            pretrained_filter_fn=checkpoint_filter_fn,
+            pretrained_filter_fn=_pretrained_filter,
             feature_cfg={"out_indices": 4, "feature_cls": "getter"},
             **kwargs,
         )
-    except (OSError, RuntimeError, ValueError) as error:
-        network = re.search(r"offline|connect|resolve|timed? ?out|cached|proxy|HTTP", str(error), re.IGNORECASE)
-        if not pretrained or not network:
+    except RuntimeError as error:
+        if not pretrained or "state_dict" not in str(error):
             raise
-        cfg = default_cfgs[variant].default
+        problems = [line.strip() for line in str(error).splitlines()[1:] if line.strip()]
         raise CheckpointError(
-            f"the weights of {variant} could not be downloaded: get {cfg.hf_hub_filename} from the Hugging Face "
-            f"repository {cfg.hf_hub_id} on a machine with a network and pass "
-            "pretrained_cfg_overlay=dict(file='/path/to/it'), or put it into the hub cache ($HF_HOME/hub)"
+            f"the weights are of another model than {variant} as built here: {' '.join(problems)[:400]}"
         ) from error
+    # The weights are in the model now; the configuration need not keep a second copy.
+    (getattr(model, "pretrained_cfg", None) or {}).pop("state_dict", None)
+    return model
 
 
 def _published(variant: str, pretrained: bool, args: dict[str, Any], kwargs: dict[str, Any]) -> VisionMamba:
