@@ -53,7 +53,7 @@ def test_lower_instruction_set_can_be_forced(isa):
 def test_unknown_or_absent_instruction_set_is_named():
     code = "from causal_conv1d_vim.conv import cpu"
     assert "VIM_CPU_ISA is 'sse9'" in run_with("sse9", code).stderr
-    if cpu.library.instruction_set != "avx512":
+    if cpu.library.instruction_set != "avx512" and not os.environ.get("VIM_CPU_ISA"):  # the best set here is not it
         assert "this machine does not have it" in run_with("avx512", code).stderr
 
 

@@ -11,8 +11,22 @@
 #define VIM_X86 0
 #endif
 
+#if VIM_X86
+#include <immintrin.h>
+#endif
+
 namespace vim {
 namespace {
+
+// Treats subnormal numbers as zero while it lives. A state that decays to nothing, or a gradient times such a decay,
+// would otherwise cost a hundred times an ordinary number, for values below 1e-38.
+struct FlushSubnormals {
+#if VIM_X86
+  unsigned before = _mm_getcsr();
+  FlushSubnormals() { _mm_setcsr(before | 0x8040u); }  // flush to zero, denormals are zero
+  ~FlushSubnormals() { _mm_setcsr(before); }
+#endif
+};
 
 // Entry point of the OpenMP runtime that torch has loaded, handed over by the Python side. Calling it by pointer
 // means that whatever compiler built this library, its loops run on torch's threads and never start a second pool.
@@ -30,6 +44,7 @@ struct Job {
 
 void work(void *data) {
   Job &job = *static_cast<Job *>(data);
+  const FlushSubnormals mode;
   const int64_t worker = job.workers.fetch_add(1, std::memory_order_relaxed);
   for (;;) {
     const int64_t i = job.next.fetch_add(1, std::memory_order_relaxed);
@@ -54,6 +69,7 @@ void parallel(int64_t count, int64_t threads, Task task, const void *args) {
   if (threads > count)
     threads = count;
   if (threads <= 1) {
+    const FlushSubnormals mode;
     for (int64_t i = 0; i < count; ++i)
       task(args, i, 0);
     return;

@@ -57,10 +57,10 @@ VIM_INLINE float sum_lanes(vf v) {
   return total;
 }
 
-// One level of a transposing sum: lanes without bit W get a's pair sums, lanes with it b's.
-template <int W> VIM_INLINE vf fold(vf a, vf b) {
 #define VIM_KEEP(i) ((i) & W ? LANES + (i) : (i))
 #define VIM_SWAP(i) ((i) & W ? LANES + ((i) ^ W) : ((i) ^ W))
+#define VIM_LOW(i) ((i) & W ? LANES + ((i) ^ W) : (i))
+#define VIM_HIGH(i) ((i) & W ? LANES + (i) : ((i) ^ W))
 #define VIM_4(F, i) F(i), F(i + 1), F(i + 2), F(i + 3)
 #if defined(__AVX512F__)
 #define VIM_ALL(F) VIM_4(F, 0), VIM_4(F, 4), VIM_4(F, 8), VIM_4(F, 12)
@@ -69,11 +69,42 @@ template <int W> VIM_INLINE vf fold(vf a, vf b) {
 #else
 #define VIM_ALL(F) VIM_4(F, 0)
 #endif
+
+// One level of a transposing sum: lanes without bit W get a's pair sums, lanes with it b's.
+template <int W> VIM_INLINE vf fold(vf a, vf b) {
   return __builtin_shufflevector(a, b, VIM_ALL(VIM_KEEP)) + __builtin_shufflevector(a, b, VIM_ALL(VIM_SWAP));
+}
+
+// Rows and columns of LANES vectors exchanged, level by level: blocks of W rows and W columns off the diagonal change
+// places.
+template <int W> VIM_INLINE void transpose_levels(vf *v) {
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; ++i)
+    if (!(i & W)) {
+      const vf a = v[i], b = v[i + W];
+      v[i] = __builtin_shufflevector(a, b, VIM_ALL(VIM_LOW));
+      v[i + W] = __builtin_shufflevector(a, b, VIM_ALL(VIM_HIGH));
+    }
+  if constexpr (W > 1)
+    transpose_levels<W / 2>(v);
+}
 #undef VIM_KEEP
 #undef VIM_SWAP
+#undef VIM_LOW
+#undef VIM_HIGH
 #undef VIM_4
 #undef VIM_ALL
+
+// (LANES, LANES) floats, rows `from_stride` apart, into rows `to_stride` apart.
+VIM_INLINE void transpose_square(float *to, int64_t to_stride, const float *from, int64_t from_stride) {
+  vf v[LANES];
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; ++i)
+    v[i] = load(from + i * from_stride);
+  transpose_levels<LANES / 2>(v);
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; ++i)
+    store(to + i * to_stride, v[i]);
 }
 
 template <int W> VIM_INLINE vf fold_all(vf *v) {
@@ -129,10 +160,12 @@ VIM_INLINE vf exp2_any(vf x) {
 }
 
 // 2^(a b): the hardware scales any range at no extra cost.
+constexpr bool EXP2_CHECKED = false;
 VIM_INLINE vf exp2_small(vf a, vf b) { return exp2_any(a * b); }
 
 #else
 
+constexpr bool EXP2_CHECKED = true;
 // 2^(a b) for |a b| <= EXP2_RANGE. The product is never rounded: both uses of it are fused.
 VIM_INLINE vf exp2_small(vf a, vf b) {
   const vf t = a * b + MAGIC;
@@ -154,25 +187,39 @@ VIM_INLINE vf exp2_any(vf x) {
 
 #endif
 
-VIM_INLINE vf exp_of(vf x) { return exp2_any(x * LOG2E); }
-VIM_INLINE vf sigmoid(vf x) { return 1.0f / (1.0f + exp_of(-x)); }
-VIM_INLINE vf silu(vf x) { return x / (1.0f + exp_of(-x)); }
+// 1 / x for x >= 1, NaN and infinity included; with AVX-512 an estimate and one Newton step, since a division blocks its
+// unit for as long as twenty multiply-adds. Right to within two units in the last place.
+VIM_INLINE vf reciprocal(vf x) {
+#if defined(__AVX512F__)
+  const __m512 v = (__m512)x, r = _mm512_rcp14_ps(v), one = _mm512_set1_ps(1.0f);
+  // The estimate of 1 / infinity is 0 and stays: the step would make it NaN.
+  const __mmask16 finite = _mm512_cmp_ps_mask(v, _mm512_set1_ps(__builtin_inff()), _CMP_NEQ_UQ);
+  return (vf)_mm512_mask_fmadd_ps(r, finite, _mm512_fnmadd_ps(v, r, one), r);
+#else
+  return 1.0f / x;
+#endif
+}
 
-// log(1 + e^x) = max(x, 0) + log1p(w) with w = e^-|x| in (0, 1]; log1p(w) = 2 atanh(s), s = w / (2 + w) <= 1/3, by a
-// polynomial in s^2 with relative error 4.5e-9.
-// Its derivative is sigmoid(x), which the same w gives without cancellation.
+VIM_INLINE vf exp_of(vf x) { return exp2_any(x * LOG2E); }
+VIM_INLINE vf sigmoid(vf x) { return reciprocal(1.0f + exp2_any(x * -LOG2E)); }
+VIM_INLINE vf silu(vf x) { return x * sigmoid(x); }
+
+// log(1 + e^x) = max(x, 0) + log1p(w) with w = e^-|x| in (0, 1], by a polynomial with relative error 3.3e-8 that is exact
+// for small w. Its derivative is sigmoid(x), which the same w gives without cancellation.
 VIM_INLINE vf softplus(vf x, vf *slope = nullptr) {
   const vf magnitude = (vf)((vi)x & 0x7fffffff);
-  const vf w = exp_of(-magnitude);
-  const vf s = w / (2.0f + w);
-  const vf y = s * s;
-  vf p = y * 0.2801199370126794f + 0.2800180358283075f;
-  p = p * y + 0.4002152737047286f;
-  p = p * y + 0.6666641628251119f;
-  p = p * y + 2.0f;
+  const vf w = exp2_any(magnitude * -LOG2E);
+  vf p = w * 0.005364826414734125f - 0.03006580099463463f;
+  p = p * w + 0.07920455187559128f;
+  p = p * w - 0.13753803074359894f;
+  p = p * w + 0.1915365606546402f;
+  p = p * w - 0.24857163429260254f;
+  p = p * w + 0.3332132399082184f;
+  p = p * w - 0.49999648332595825f;
+  p = p * w + 1.0f;
   if (slope)
-    *slope = (x > 0.0f ? broadcast(1.0f) : w) / (1.0f + w);
-  return (x > 0.0f ? x : vf{}) + s * p;
+    *slope = (x > 0.0f ? broadcast(1.0f) : w) * reciprocal(1.0f + w);
+  return (x > 0.0f ? x : vf{}) + w * p;
 }
 
 // ---- memory in float32, bfloat16 or float16 -----------------------------------------------------------------------
@@ -253,17 +300,43 @@ template <int64_t DTYPE> VIM_INLINE void store_blocks(char *dst, const float *sr
       store_as(dst + t * stride + v * LANES * (DTYPE == F32 ? 4 : 2), DTYPE, load(src + t * BLOCK + v * LANES));
 }
 
+// `count` < LANES values of some dtype, zeros in the other lanes; nothing beyond them is touched.
+VIM_INLINE vf load_part(const char *p, int64_t dtype, int64_t count) {
+#if defined(__AVX512F__)
+  const __mmask16 mask = (__mmask16)((1u << count) - 1u);
+  if (dtype == F32)
+    return (vf)_mm512_maskz_loadu_ps(mask, p);
+  const vh h = (vh)_mm256_maskz_loadu_epi16(mask, p);
+  return dtype == BF16 ? from_bf16(h) : from_f16(h);
+#else
+  char last[LANES * 4] = {};
+  memcpy(last, p, (size_t)(count * size_of(dtype)));
+  return load_as(last, dtype);
+#endif
+}
+
+VIM_INLINE void store_part(char *p, int64_t dtype, vf v, int64_t count) {
+#if defined(__AVX512F__)
+  const __mmask16 mask = (__mmask16)((1u << count) - 1u);
+  if (dtype == F32)
+    _mm512_mask_storeu_ps(p, mask, (__m512)v);
+  else
+    _mm256_mask_storeu_epi16(p, mask, (__m256i)(dtype == BF16 ? to_bf16(v) : to_f16(v)));
+#else
+  char last[LANES * 4];
+  store_as(last, dtype, v);
+  memcpy(p, last, (size_t)(count * size_of(dtype)));
+#endif
+}
+
 // `count` floats (any number) from memory of some dtype; the rest of the last vector of `dst` becomes zero.
 VIM_INLINE void load_row(float *dst, const char *src, int64_t dtype, int64_t count) {
   const int64_t size = size_of(dtype);
   int64_t i = 0;
   for (; i + LANES <= count; i += LANES)
     store(dst + i, load_as(src + i * size, dtype));
-  if (i < count) {
-    char last[LANES * 4] = {};
-    memcpy(last, src + i * size, (size_t)((count - i) * size));
-    store(dst + i, load_as(last, dtype));
-  }
+  if (i < count)
+    store(dst + i, load_part(src + i * size, dtype, count - i));
 }
 
 VIM_INLINE void store_row(char *dst, int64_t dtype, const float *src, int64_t count) {
@@ -273,10 +346,9 @@ VIM_INLINE void store_row(char *dst, int64_t dtype, const float *src, int64_t co
     store_as(dst + i * size, dtype, load(src + i));
   if (i < count) {
     float rest[LANES] = {};
-    memcpy(rest, src + i, (size_t)(count - i) * 4);
-    char last[LANES * 4];
-    store_as(last, dtype, load(rest));
-    memcpy(dst + i * size, last, (size_t)((count - i) * size));
+    for (int64_t k = 0; i + k < count; ++k)
+      rest[k] = src[i + k];
+    store_part(dst + i * size, dtype, load(rest), count - i);
   }
 }
 

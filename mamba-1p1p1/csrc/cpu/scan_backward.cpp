@@ -32,81 +32,188 @@ struct BlockSums {
   }
 };
 
-// The adjoint recurrence over one tile. Per state: g = dL/dh_t, of which decay * g goes on to h_{t-1}.
-// dtu_grad receives dL/d(dt u), dt_grad the part of dL/d(dt) that comes through the decay, divided by log 2.
+// What the adjoint recurrence of one tile reads and adds to. kept_h and kept_decay hold one group of states.
+struct Adjoint {
+  int64_t tokens, states;
+  const float *dt, *dtu, *dy, *B, *C, *A2, *before, *kept_h, *kept_decay;
+  const BlockSums &sums;
+  float *dBC;  // (tokens, 2 * states): per group of states its share of dB, then of dC
+  float *dtu_grad, *dt_grad;
+  Ahead *ahead;
+};
+
+struct Two {
+  vf B, C;
+};
+
+// The sums over lanes of dB and dC of KEPT_STATES states: `leaf(j)` gives the vectors of state j. Folding as they come, in
+// an order that needs few registers, costs less than adding (tokens, states) whole vectors in memory would.
+template <int W, class Leaf> VIM_INLINE Two fold_states(const Leaf &leaf, int j) {
+  if constexpr (W == (LANES < KEPT_STATES ? LANES : KEPT_STATES)) {
+    return leaf(j);
+  } else {
+    const Two a = fold_states<2 * W>(leaf, j), b = fold_states<2 * W>(leaf, j + W);
+    return {fold<W>(a.B, b.B), fold<W>(a.C, b.C)};
+  }
+}
+
+template <class Leaf> VIM_INLINE void add_states(float *dBC, const Leaf &leaf) {
+  if constexpr (LANES == 2 * KEPT_STATES) {
+    const Two sums = fold_states<1>(leaf, 0);
+    store(dBC, load(dBC) + fold<KEPT_STATES>(sums.B, sums.C));
+  } else {
+    for (int j = 0; j < KEPT_STATES; j += LANES) {
+      const Two sums = fold_states<1>(leaf, j);
+      store(dBC + j, load(dBC + j) + sums.B);
+      store(dBC + KEPT_STATES + j, load(dBC + KEPT_STATES + j) + sums.C);
+    }
+  }
+}
+
+// The adjoint recurrence of states [first, first + count) over one tile. Per state: g = dL/dh_t, of which decay * g goes
+// on to h_{t-1}. dtu_grad receives dL/d(dt u), dt_grad the part of dL/d(dt) that comes through the decay, divided by
+// log 2; the first group of states sets them, later ones add. STATES: the count if known when compiling, or 0.
 template <bool B_CONSTANT, bool C_CONSTANT, int STATES>
-void adjoint_tile(int64_t tokens, int64_t states, const float *dt, const float *dtu, const float *dy, const float *B,
-                  const float *C, const float *A2, const float *before, const float *kept_h, const float *kept_decay,
-                  const BlockSums &sums, float *lanes_B, float *lanes_C, float *dtu_grad, float *dt_grad) {
-  const int64_t n = STATES ? STATES : states;
-  for (int64_t t = tokens - 1; t >= 0; --t) {
-    const float *h = kept_h + t * n * BLOCK, *decay = kept_decay + t * n * BLOCK;
-    const float *previous = t ? h - n * BLOCK : before;
+__attribute__((noinline)) void adjoint_states(const Adjoint &r, int64_t first, int64_t runtime_count) {
+  const int64_t n = r.states, count = STATES ? STATES : runtime_count;
+  constexpr bool IN_REGISTERS = STATES > 0 && LANES == 16;
+  constexpr int HELD = IN_REGISTERS ? STATES : 1;
+  const float *A2 = r.A2 + first * BLOCK;
+  const float *B = r.B + first * (B_CONSTANT ? BLOCK : 1), *C = r.C + first * (C_CONSTANT ? BLOCK : 1);
+  float *state = r.sums.state + first * BLOCK, *sum_A = r.sums.A + first * BLOCK;
+  float *constant_B = r.sums.B + first * BLOCK, *constant_C = r.sums.C + first * BLOCK;
+  __asm__("" : "+r"(A2), "+r"(B), "+r"(C));  // else GCC keeps the address of every row in a register of its own
+  vf held_state[HELD], held_A[HELD];
+  if constexpr (IN_REGISTERS) {
+#pragma GCC unroll 16
+    for (int j = 0; j < STATES; ++j) {
+      held_state[j] = load(state + j * BLOCK);
+      held_A[j] = load(sum_A + j * BLOCK);
+    }
+  }
+  for (int64_t t = r.tokens - 1; t >= 0; --t) {
+    const float *h = r.kept_h + t * count * BLOCK, *decay = r.kept_decay + t * count * BLOCK;
+    const float *previous = t ? h - count * BLOCK : r.before + first * BLOCK;
+    float *dBC = r.dBC + t * 2 * n + 2 * first;
     vf step[NV], input[NV], dout[NV], to_input[NV], to_step[NV];
     for (int v = 0; v < NV; ++v) {
       const int64_t at = t * BLOCK + v * LANES;
-      step[v] = load(dt + at);
-      input[v] = load(dtu + at);
-      dout[v] = load(dy + at);
-      to_input[v] = to_step[v] = vf{};
+      step[v] = load(r.dt + at);
+      input[v] = load(r.dtu + at);
+      dout[v] = load(r.dy + at);
+      to_input[v] = first ? load(r.dtu_grad + at) : vf{};
+      to_step[v] = first ? load(r.dt_grad + at) : vf{};
     }
-#pragma GCC unroll 4
-    for (int64_t j = 0; j < n; ++j) {
-      vf sum_B = vf{}, sum_C = vf{};
+    if (first == 0)
+      r.ahead->fetch_chunk(1);
+    const auto update = [&](int64_t j) __attribute__((always_inline)) {
+      Two sums;
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) {
         const int64_t at = j * BLOCK + v * LANES;
         const vf b = B_CONSTANT ? load(B + at) : broadcast(B[t * n + j]);
         const vf c = C_CONSTANT ? load(C + at) : broadcast(C[t * n + j]);
-        const vf g = load(sums.state + at) + c * dout[v];
+        const vf g = (IN_REGISTERS ? held_state[IN_REGISTERS ? j : 0] : load(state + at)) + c * dout[v];
         const vf through = g * load(decay + at);
-        store(sums.state + at, through);
         const vf exponent = through * load(previous + at);
         to_input[v] += g * b;
         to_step[v] += exponent * load(A2 + at);
-        store(sums.A + at, load(sums.A + at) + exponent * step[v]);
+        if constexpr (IN_REGISTERS) {
+          held_state[j] = through;
+          held_A[j] += exponent * step[v];
+        } else {
+          store(state + at, through);
+          store(sum_A + at, load(sum_A + at) + exponent * step[v]);
+        }
+        const vf to_B = g * input[v], to_C = dout[v] * load(h + at);
         if (B_CONSTANT)
-          store(sums.B + at, load(sums.B + at) + g * input[v]);
-        else
-          sum_B += g * input[v];
+          store(constant_B + at, load(constant_B + at) + to_B);
         if (C_CONSTANT)
-          store(sums.C + at, load(sums.C + at) + dout[v] * load(h + at));
-        else
-          sum_C += dout[v] * load(h + at);
+          store(constant_C + at, load(constant_C + at) + to_C);
+        sums.B = v ? sums.B + to_B : to_B;
+        sums.C = v ? sums.C + to_C : to_C;
       }
-      if (!B_CONSTANT) {
-        float *to = lanes_B + (t * n + j) * LANES;
-        store(to, load(to) + sum_B);
-      }
-      if (!C_CONSTANT) {
-        float *to = lanes_C + (t * n + j) * LANES;
-        store(to, load(to) + sum_C);
+      return sums;
+    };
+    if constexpr (STATES == KEPT_STATES) {
+      add_states(dBC, update);
+    } else {
+      for (int64_t j = 0; j < count; ++j) {
+        const Two sums = update(j);
+        if (!B_CONSTANT)
+          dBC[j] += sum_lanes(sums.B);
+        if (!C_CONSTANT)
+          dBC[count + j] += sum_lanes(sums.C);
       }
     }
     for (int v = 0; v < NV; ++v) {
-      store(dtu_grad + t * BLOCK + v * LANES, to_input[v]);
-      store(dt_grad + t * BLOCK + v * LANES, to_step[v]);
+      store(r.dtu_grad + t * BLOCK + v * LANES, to_input[v]);
+      store(r.dt_grad + t * BLOCK + v * LANES, to_step[v]);
+    }
+  }
+  if constexpr (IN_REGISTERS) {
+#pragma GCC unroll 16
+    for (int j = 0; j < STATES; ++j) {
+      store(state + j * BLOCK, held_state[j]);
+      store(sum_A + j * BLOCK, held_A[j]);
     }
   }
 }
 
-void adjoint_tile_for(const ScanArgs &a, const BlockParams &p, const Shared &shared, int64_t tokens, const float *dt,
-                      const float *dtu, const float *dy, const float *before, const float *kept_h,
-                      const float *kept_decay, const BlockSums &sums, float *lanes_B, float *lanes_C, float *dtu_grad,
-                      float *dt_grad) {
-  const float *B = a.b_constant ? p.B : shared.B, *C = a.c_constant ? p.C : shared.C;
-#define VIM_RUN(b, c, n)                                                                                      \
-  adjoint_tile<b, c, n>(tokens, a.states, dt, dtu, dy, B, C, p.A2, before, kept_h, kept_decay, sums, lanes_B, \
-                             lanes_C, dtu_grad, dt_grad)
+void adjoint_group(const ScanArgs &a, const Adjoint &r, int64_t first, int64_t count) {
   if (a.b_constant)
-    a.c_constant ? VIM_RUN(true, true, 0) : VIM_RUN(true, false, 0);
+    a.c_constant ? adjoint_states<true, true, 0>(r, first, count) : adjoint_states<true, false, 0>(r, first, count);
   else if (a.c_constant)
-    VIM_RUN(false, true, 0);
-  else if (a.states == 16)
-    VIM_RUN(false, false, 16);
+    adjoint_states<false, true, 0>(r, first, count);
+  else if (count == KEPT_STATES)
+    adjoint_states<false, false, KEPT_STATES>(r, first, count);
   else
-    VIM_RUN(false, false, 0);
-#undef VIM_RUN
+    adjoint_states<false, false, 0>(r, first, count);
+}
+
+// The gradient of the low-rank step, summed over the channels of a block: low_grad (rank, SCAN_CHUNK) += weight ddt^T.
+// With tokens across the lanes nothing has to be folded. `turned` is room for a transposed tile.
+void low_rank_grad(float *low_grad, float *dweight, float *turned, const float *ddt, const BlockParams &p,
+                   const Shared &shared, int64_t rank, int64_t tokens) {
+  for (int64_t t = 0; t < SCAN_CHUNK; t += LANES)
+    for (int64_t c = 0; c < BLOCK; c += LANES)
+      transpose_square(turned + c * SCAN_CHUNK + t, SCAN_CHUNK, ddt + t * BLOCK + c, BLOCK);
+  constexpr int AT_ONCE = 4;
+  for (int64_t r = 0; r < rank; r += AT_ONCE) {
+    const int64_t count = min_of(AT_ONCE, rank - r);
+    // Short groups repeat their last row, so that the loops inside have a fixed length.
+    int64_t rows[AT_ONCE];
+    for (int i = 0; i < AT_ONCE; ++i)
+      rows[i] = min_of(r + i, rank - 1);
+    for (int64_t t = 0; t < SCAN_CHUNK; t += LANES) {
+      vf sum[AT_ONCE];
+#pragma GCC unroll 4
+      for (int i = 0; i < AT_ONCE; ++i)
+        sum[i] = load(low_grad + rows[i] * SCAN_CHUNK + t);
+      for (int64_t c = 0; c < BLOCK; ++c) {
+        const vf x = load(turned + c * SCAN_CHUNK + t);
+#pragma GCC unroll 4
+        for (int i = 0; i < AT_ONCE; ++i)
+          sum[i] += p.dt_weight[rows[i] * BLOCK + c] * x;
+      }
+      for (int64_t i = 0; i < count; ++i)
+        store(low_grad + rows[i] * SCAN_CHUNK + t, sum[i]);
+    }
+    for (int v = 0; v < NV; ++v) {
+      vf sum[AT_ONCE];
+#pragma GCC unroll 4
+      for (int i = 0; i < AT_ONCE; ++i)
+        sum[i] = load(dweight + rows[i] * BLOCK + v * LANES);
+      for (int64_t t = 0; t < tokens; ++t) {
+        const vf x = load(ddt + t * BLOCK + v * LANES);
+#pragma GCC unroll 4
+        for (int i = 0; i < AT_ONCE; ++i)
+          sum[i] += shared.low_rank[t * rank + rows[i]] * x;
+      }
+      for (int64_t i = 0; i < count; ++i)
+        store(dweight + rows[i] * BLOCK + v * LANES, sum[i]);
+    }
+  }
 }
 
 void backward_task(const void *args, int64_t task, int64_t) {
@@ -117,21 +224,26 @@ void backward_task(const void *args, int64_t task, int64_t) {
   const Slab s(a, cut, task);
   const int64_t n = a.states, blocks = s.last_block - s.first_block;
   const int64_t params_floats = BlockParams::floats(a), sums_floats = BlockSums::rows(a) * BLOCK;
-  const int64_t kept = SCAN_CHUNK * n * BLOCK, lanes = SCAN_CHUNK * LANES * call.width;
+  const int64_t kept = SCAN_CHUNK * min_of(n, KEPT_STATES) * BLOCK;
 
-  const size_t bytes = (size_t)(blocks * (params_floats + sums_floats) + n * BLOCK + 2 * kept + lanes + 11 * TILE +
-                                Shared::floats(a)) * 4 + (size_t)blocks * (sizeof(BlockParams) + sizeof(BlockSums));
+  const size_t bytes = (size_t)(blocks * (params_floats + sums_floats) + n * BLOCK + 2 * kept +
+                                SCAN_CHUNK * (2 * n + a.rank) + 17 * TILE + Shared::floats(a)) * 4 +
+                       (size_t)blocks * (sizeof(BlockParams) + sizeof(BlockSums));
   float *kept_h = (float *)vim::scratch(0, bytes);
-  float *kept_decay = kept_h + kept, *lanes_dt = kept_decay + kept, *lanes_B = lanes_dt + SCAN_CHUNK * a.rank * LANES,
-        *lanes_C = lanes_B + SCAN_CHUNK * n * LANES, *h = lanes_dt + lanes, *dt = h + n * BLOCK;
-  float *u = dt + TILE, *dtu = u + TILE, *z = dtu + TILE, *dout = z + TILE, *y = dout + TILE, *slope = y + TILE,
-        *dtu_grad = slope + TILE, *dt_grad = dtu_grad + TILE, *earlier_dz = dt_grad + TILE, *spare = earlier_dz + TILE;
-  Shared shared(spare + TILE, a);
-  float *params_memory = spare + TILE + Shared::floats(a), *sums_memory = params_memory + blocks * params_floats;
+  float *kept_decay = kept_h + kept, *dBC = kept_decay + kept, *low_grad = dBC + SCAN_CHUNK * 2 * n, *h = low_grad + SCAN_CHUNK * a.rank, *tiles = h + n * BLOCK;
+  const auto tile = [&] { return tiles += TILE, tiles - TILE; };
+  float *dt = tile(), *dtu = tile(), *y = tile(), *dy = tile(), *slope = tile(), *gate_slope = tile(),
+        *dtu_grad = tile(), *dt_grad = tile(), *turned = tile(), *u_copy = tile(), *delta_copy = tile(),
+        *z_copy = tile(), *dout_copy = tile(), *dz_copy = tile(), *earlier_copy = tile(), *du_copy = tile(),
+        *ddelta_copy = tile();
+  Shared shared(tiles, a);
+  float *params_memory = tiles + Shared::floats(a), *sums_memory = params_memory + blocks * params_floats;
   BlockParams *params = (BlockParams *)(sums_memory + blocks * sums_floats);
   BlockSums *sums = (BlockSums *)(params + blocks);
 
   memset(sums_memory, 0, (size_t)(blocks * sums_floats) * 4);
+  // Rows of a short last chunk are transposed along with the others.
+  memset(ddelta_copy, 0, TILE * 4);
   for (int64_t k = 0; k < blocks; ++k) {
     const int64_t channel = s.channel(cut, s.first_block + k), count = s.count(cut, s.first_block + k);
     params[k].fill(params_memory + k * params_floats, a, channel, count);
@@ -139,93 +251,117 @@ void backward_task(const void *args, int64_t task, int64_t) {
     if (g.dlast_state)
       transpose_in(sums[k].state, g.dlast_state + (s.item * a.dim + channel) * n, count, n, 1.0f);
   }
+  Ahead ahead;
+  ahead.columns = blocks;
+  ahead.add(a.u, s);
+  ahead.add(g.dout, s);
+  ahead.add(g.du, s);
+  if (!a.rank) {
+    ahead.add(a.delta, s);
+    ahead.add(g.ddelta, s);
+  }
+  if (a.z.data) {
+    ahead.add(a.z, s);
+    ahead.add(g.dz, s);
+  }
   const float scale = (float)a.scale;
   for (int64_t chunk = cut.chunks - 1; chunk >= 0; --chunk) {
     const int64_t start = chunk * SCAN_CHUNK, tokens = min_of(SCAN_CHUNK, a.len - start);
+    const int64_t next = start - SCAN_CHUNK, next_tokens = chunk ? SCAN_CHUNK : 0;
     shared.fill(a, s, start, tokens);
-    memset(lanes_dt, 0, (size_t)lanes * 4);
+    ahead.aim_chunk(s, next, next_tokens, s.channel(cut, s.first_block));
+    memset(dBC, 0, (size_t)(SCAN_CHUNK * (2 * n + a.rank)) * 4);
     for (int64_t k = 0; k < blocks; ++k) {
       const int64_t block = s.first_block + k, channel = s.channel(cut, block), count = s.count(cut, block);
       const BlockParams &p = params[k];
       const BlockSums &sum = sums[k];
       const int64_t at_saved = ((s.item * cut.chunks + chunk) * a.groups + s.group) * cut.blocks + block;
       const float *before = a.saved + at_saved * n * BLOCK;
-      load_tile(u, a.u, s, start, tokens, channel, count);
-      load_tile(dout, g.dout, s, start, tokens, channel, count);
-      if (!a.rank)
-        load_tile(dt, a.delta, s, start, tokens, channel, count);
-      const bool small = step_tile(dt, slope, a, p, shared, tokens);
-      for (int64_t i = 0; i < tokens * BLOCK; i += LANES)
-        store(dtu + i, load(dt + i) * load(u + i));
-      memcpy(h, before, (size_t)(n * BLOCK) * 4);
-      if (small)
-        run_tile_for<true, true>(a, p, shared, tokens, dt, dtu, h, y, kept_h, kept_decay);
+      const View u = load_tile(u_copy, a.u, s, start, tokens, channel, count);
+      const View dout = load_tile(dout_copy, g.dout, s, start, tokens, channel, count);
+      const View delta = a.rank ? View{} : load_tile(delta_copy, a.delta, s, start, tokens, channel, count);
+      const View z = a.z.data ? load_tile(z_copy, a.z, s, start, tokens, channel, count) : View{};
+      if (k + 1 < blocks)
+        ahead.aim_tile(s, start, tokens, s.channel(cut, block + 1));
       else
-        run_tile_for<false, true>(a, p, shared, tokens, dt, dtu, h, y, kept_h, kept_decay);
+        ahead.aim_tile(s, next, next_tokens, s.channel(cut, s.first_block));
+      const bool small = step_tile(dt, dtu, slope, a, p, shared, delta, u, tokens);
 
-      if (a.z.data) {
-        load_tile(z, a.z, s, start, tokens, channel, count);
-        if (g.accumulate_dz)
-          load_tile(earlier_dz, g.dz, s, start, tokens, channel, count);
-      }
-      for (int64_t t = 0; t < tokens; ++t)
-        for (int v = 0; v < NV; ++v) {
-          const int64_t i = t * BLOCK + v * LANES;
-          vf dy = load(dout + i) * scale;
-          if (a.z.data) {
-            const vf gate = load(z + i), sig = sigmoid(gate);
-            const vf total = load(y + i) + load(p.D + v * LANES) * load(u + i);
-            vf dz = dy * total * sig * (1.0f + gate * (1.0f - sig));
-            if (g.accumulate_dz)
-              dz += load(earlier_dz + i);
-            store(z + i, dz);
-            dy *= gate * sig;
+      // dy = dL/dy_t before the skip and the gate; gate_slope = dL/dz divided by y_t + D u_t.
+      for (int v = 0; v < NV; ++v) {
+        vf sum_D = load(sum.D + v * LANES);
+        for (int64_t t = 0; t < tokens; ++t) {
+          vf to_y = dout.at(t, v) * scale;
+          if (z.data) {
+            const vf gate = z.at(t, v), sig = sigmoid(gate), along = to_y * sig;
+            store(gate_slope + t * BLOCK + v * LANES, along * (1.0f + gate * (1.0f - sig)));
+            to_y = along * gate;
           }
-          store(dout + i, dy);
-          store(sum.D + v * LANES, load(sum.D + v * LANES) + dy * load(u + i));
+          store(dy + t * BLOCK + v * LANES, to_y);
+          sum_D += to_y * u.at(t, v);
         }
-      if (a.z.data)
-        store_tile(z, g.dz, s, start, tokens, channel, count);
+        store(sum.D + v * LANES, sum_D);
+      }
 
-      adjoint_tile_for(a, p, shared, tokens, dt, dtu, dout, before, kept_h, kept_decay, sum, lanes_B, lanes_C,
-                       dtu_grad, dt_grad);
+      memcpy(h, before, (size_t)(n * BLOCK) * 4);
+      const float *B = a.b_constant ? p.B : shared.B, *C = a.c_constant ? p.C : shared.C;
+      const Run run{tokens, n, dt, dtu, B, C, p.A2, h, y, kept_h, kept_decay, &ahead};
+      const Adjoint adjoint{tokens, n, dt, dtu, dy, B, C, p.A2, before, kept_h, kept_decay, sum, dBC, dtu_grad,
+                            dt_grad, &ahead};
+      for (int64_t first = 0; first < n; first += KEPT_STATES) {
+        const int64_t group = min_of(n - first, KEPT_STATES);
+        small ? run_group<true, true>(a, run, first, group) : run_group<false, true>(a, run, first, group);
+        adjoint_group(a, adjoint, first, group);
+      }
 
-      for (int64_t t = 0; t < tokens; ++t)
-        for (int v = 0; v < NV; ++v) {
+      if (z.data) {
+        const View earlier =
+            g.accumulate_dz ? load_tile(earlier_copy, g.dz, s, start, tokens, channel, count) : View{};
+        const Target dz = target_tile(dz_copy, g.dz, s, start, channel, count);
+        for (int64_t t = 0; t < tokens; ++t)
+          for (int v = 0; v < NV; ++v) {
+            const int64_t i = t * BLOCK + v * LANES;
+            vf r = load(gate_slope + i) * (load(y + i) + load(p.D + v * LANES) * u.at(t, v));
+            if (earlier.data)
+              r += earlier.at(t, v);
+            dz.put(t, v, r);
+          }
+        finish(dz, g.dz, s, start, tokens, channel, count);
+      }
+      const Target du = target_tile(du_copy, g.du, s, start, channel, count);
+      const Target ddelta = a.rank ? Target{ddelta_copy, BLOCK}
+                                   : target_tile(ddelta_copy, g.ddelta, s, start, channel, count);
+      for (int v = 0; v < NV; ++v) {
+        vf sum_bias = load(sum.bias + v * LANES);
+        for (int64_t t = 0; t < tokens; ++t) {
           const int64_t i = t * BLOCK + v * LANES;
-          const vf through = load(dtu_grad + i), x = load(u + i);
-          vf ddt = load(dt_grad + i) * LN2 + through * x;
+          const vf through = load(dtu_grad + i);
+          vf ddt = load(dt_grad + i) * LN2 + through * u.at(t, v);
           if (a.softplus)
             ddt *= load(slope + i);
-          store(dtu_grad + i, load(dt + i) * through + load(p.D + v * LANES) * load(dout + i));
-          store(dt_grad + i, ddt);
-          store(sum.bias + v * LANES, load(sum.bias + v * LANES) + ddt);
+          ddelta.put(t, v, ddt);
+          sum_bias += ddt;
+          du.put(t, v, load(dt + i) * through + load(p.D + v * LANES) * load(dy + i));
         }
-      store_tile(dtu_grad, g.du, s, start, tokens, channel, count);
-      if (!a.rank) {
-        store_tile(dt_grad, g.ddelta, s, start, tokens, channel, count);
-        continue;
+        store(sum.bias + v * LANES, sum_bias);
       }
-      for (int64_t t = 0; t < tokens; ++t) {
-        const float *low = shared.low_rank + t * a.rank;
-        for (int64_t r = 0; r < a.rank; ++r) {
-          vf to_low = load(lanes_dt + (t * a.rank + r) * LANES);
-          for (int v = 0; v < NV; ++v) {
-            const vf ddt = load(dt_grad + t * BLOCK + v * LANES);
-            float *weight = sum.dt_weight + r * BLOCK + v * LANES;
-            store(weight, load(weight) + ddt * low[r]);
-            to_low += ddt * load(p.dt_weight + r * BLOCK + v * LANES);
-          }
-          store(lanes_dt + (t * a.rank + r) * LANES, to_low);
-        }
-      }
+      finish(du, g.du, s, start, tokens, channel, count);
+      if (a.rank)
+        low_rank_grad(low_grad, sum.dt_weight, turned, ddelta_copy, p, shared, a.rank, tokens);
+      else
+        finish(ddelta, g.ddelta, s, start, tokens, channel, count);
     }
     float *partial = call.partial + ((s.item * a.groups + s.group) * cut.slabs + s.index) * a.len * call.width;
     for (int64_t t = 0; t < tokens; ++t) {
       float *to = partial + s.token(start + t) * call.width;
-      sum_lanes_of(to, lanes_dt + t * a.rank * LANES, a.rank);
-      sum_lanes_of(to + a.rank, lanes_B + t * n * LANES, n);
-      sum_lanes_of(to + a.rank + n, lanes_C + t * n * LANES, n);
+      for (int64_t r = 0; r < a.rank; ++r)
+        to[r] = low_grad[r * SCAN_CHUNK + t];
+      for (int64_t first = 0; first < n; first += KEPT_STATES) {
+        const int64_t group = min_of(n - first, KEPT_STATES);
+        const float *from = dBC + t * 2 * n + 2 * first;
+        memcpy(to + a.rank + first, from, (size_t)group * 4);
+        memcpy(to + a.rank + n + first, from + group, (size_t)group * 4);
+      }
     }
   }
   for (int64_t k = 0; k < blocks; ++k) {

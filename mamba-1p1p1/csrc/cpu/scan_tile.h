@@ -9,6 +9,9 @@
 namespace {
 
 constexpr int64_t TILE = SCAN_CHUNK * BLOCK;
+// States worked on together: as many registers, and in a backward pass also a group's states and decays of a whole
+// chunk in the first-level cache.
+constexpr int64_t MOST_STATES = 16, KEPT_STATES = 8;
 
 // How the channels are cut into blocks (of one group each) and the blocks into slabs, one slab being one task. The
 // slabs of a backward pass depend on the shapes only, so that its sums have one order whatever the threads.
@@ -53,6 +56,15 @@ VIM_INLINE char *row(const Tokens &x, int64_t item, int64_t token, int64_t chann
 
 // (count, n) row-major → (n, BLOCK), times `factor`; lanes beyond `count` are zero.
 VIM_INLINE void transpose_in(float *dst, const float *src, int64_t count, int64_t n, float factor) {
+#if defined(__AVX512F__)
+  if (count == BLOCK && n <= INT32_MAX / BLOCK) {
+    const __m512i rows = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                                            _mm512_set1_epi32((int32_t)n));
+    for (int64_t j = 0; j < n; ++j)
+      store(dst + j * BLOCK, (vf)_mm512_i32gather_ps(rows, src + j, 4) * factor);
+    return;
+  }
+#endif
   for (int64_t j = 0; j < n; ++j)
     for (int64_t c = 0; c < BLOCK; ++c)
       dst[j * BLOCK + c] = c < count ? src[c * n + j] * factor : 0.0f;
@@ -69,26 +81,86 @@ VIM_INLINE void vector_in(float *dst, const float *src, int64_t count) {
     dst[c] = src && c < count ? src[c] : 0.0f;
 }
 
-void load_tile(float *dst, const Tokens &x, const Slab &s, int64_t start, int64_t tokens, int64_t channel,
+// Tile memory: row t at data + t * stride floats.
+struct View {
+  const float *data;
+  int64_t stride;
+  VIM_INLINE vf at(int64_t t, int v) const { return load(data + t * stride + v * LANES); }
+};
+
+// A tile of x as float32: x itself if it is float32 and the block whole, else a copy in `spare`.
+View load_tile(float *spare, const Tokens &x, const Slab &s, int64_t start, int64_t tokens, int64_t channel,
                int64_t count) {
   if (count == BLOCK) {
     const char *from = row(x, s.item, s.token(start), channel);
-    const int64_t stride = s.step * x.token_stride * size_of(x.dtype);
+    const int64_t stride = s.step * x.token_stride;
     if (x.dtype == F32)
-      load_blocks<F32>(dst, from, stride, tokens);
-    else if (x.dtype == BF16)
-      load_blocks<BF16>(dst, from, stride, tokens);
+      return {(const float *)from, stride};
+    if (x.dtype == BF16)
+      load_blocks<BF16>(spare, from, stride * 2, tokens);
     else
-      load_blocks<F16>(dst, from, stride, tokens);
-    return;
+      load_blocks<F16>(spare, from, stride * 2, tokens);
+    return {spare, BLOCK};
   }
   for (int64_t t = 0; t < tokens; ++t)
-    load_row(dst + t * BLOCK, row(x, s.item, s.token(start + t), channel), x.dtype, count);
+    load_row(spare + t * BLOCK, row(x, s.item, s.token(start + t), channel), x.dtype, count);
   if (count <= BLOCK - LANES)  // load_row pads its last vector only
     for (int64_t t = 0; t < tokens; ++t)
       for (int64_t c = (count + LANES - 1) / LANES * LANES; c < BLOCK; ++c)
-        dst[t * BLOCK + c] = 0.0f;
+        spare[t * BLOCK + c] = 0.0f;
+  return {spare, BLOCK};
 }
+
+// Memory that later tiles will read or write, fetched while one computes: a block's rows lie a whole token apart, which no
+// hardware prefetcher follows. The next tile's rows go to the first-level cache; the rows of the next chunk go to the
+// second level, row by row over all blocks of the slab, so that each page is visited once.
+struct Ahead {
+  static constexpr int MOST = 8;
+  const Tokens *inputs[MOST];
+  const char *tile[MOST], *chunk[MOST];
+  int64_t strides[MOST], bytes[MOST];
+  int64_t count = 0, tile_rows = 0, chunk_rows = 0, columns = 1;
+  int64_t rows_done[2], column[2];
+
+  void add(const Tokens &x, const Slab &s) {
+    if (!x.data)
+      return;
+    inputs[count] = &x;
+    strides[count] = s.step * x.token_stride * size_of(x.dtype);
+    bytes[count++] = BLOCK * size_of(x.dtype);
+  }
+  // The next chunk has `rows` tokens from `start` on; none if rows is 0.
+  void aim_chunk(const Slab &s, int64_t start, int64_t rows, int64_t channel) {
+    chunk_rows = rows;
+    for (int part = 0; part < 2; ++part)
+      rows_done[part] = column[part] = 0;
+    for (int64_t i = 0; rows && i < count; ++i)
+      chunk[i] = row(*inputs[i], s.item, s.token(start), channel);
+  }
+  void aim_tile(const Slab &s, int64_t start, int64_t rows, int64_t channel) {
+    tile_rows = rows;
+    for (int64_t i = 0; rows && i < count; ++i)
+      tile[i] = row(*inputs[i], s.item, s.token(start), channel);
+  }
+  VIM_INLINE void fetch_tile(int64_t t) {
+    if (t < tile_rows)
+      for (int64_t i = 0; i < count; ++i) {
+        __builtin_prefetch(tile[i], 0, 3);
+        tile[i] += strides[i];
+      }
+  }
+  // One block of one row of the even (part 0) or odd (part 1) tensors; halves, so that two loops can share the work.
+  VIM_INLINE void fetch_chunk(int part) {
+    if (rows_done[part] >= chunk_rows)
+      return;
+    for (int64_t i = part; i < count; i += 2)
+      __builtin_prefetch(chunk[i] + rows_done[part] * strides[i] + column[part] * bytes[i], 0, 2);
+    if (++column[part] == columns) {
+      column[part] = 0;
+      ++rows_done[part];
+    }
+  }
+};
 
 void store_tile(const float *src, const Tokens &x, const Slab &s, int64_t start, int64_t tokens, int64_t channel,
                 int64_t count) {
@@ -105,6 +177,28 @@ void store_tile(const float *src, const Tokens &x, const Slab &s, int64_t start,
   }
   for (int64_t t = 0; t < tokens; ++t)
     store_row(row(x, s.item, s.token(start + t), channel), x.dtype, src + t * BLOCK, count);
+}
+
+// Where a kernel writes a tile: the tensor itself if it is float32 and the block whole, else a copy for `finish` to store.
+struct Target {
+  float *data;
+  int64_t stride;
+  VIM_INLINE void put(int64_t t, int v, vf x) const { store(data + t * stride + v * LANES, x); }
+};
+
+VIM_INLINE bool direct(const Tokens &x, int64_t count) { return count == BLOCK && x.dtype == F32; }
+
+VIM_INLINE Target target_tile(float *spare, const Tokens &x, const Slab &s, int64_t start, int64_t channel,
+                              int64_t count) {
+  if (direct(x, count))
+    return {(float *)row(x, s.item, s.token(start), channel), s.step * x.token_stride};
+  return {spare, BLOCK};
+}
+
+VIM_INLINE void finish(const Target &target, const Tokens &x, const Slab &s, int64_t start, int64_t tokens,
+                       int64_t channel, int64_t count) {
+  if (!direct(x, count))
+    store_tile(target.data, x, s, start, tokens, channel, count);
 }
 
 // Parameters of one block, laid out for its lanes.
@@ -132,7 +226,7 @@ struct BlockParams {
       transpose_in(C, (const float *)a.C.data + channel * n, count, n, 1.0f);
     vector_in(bias, a.bias ? a.bias + channel : nullptr, count);
     vector_in(D, a.D ? a.D + channel : nullptr, count);
-    for (int64_t c = 0; c < BLOCK; ++c) {
+    for (int64_t c = 0; EXP2_CHECKED && c < BLOCK; ++c) {
       largest[c] = 0.0f;
       for (int64_t j = 0; j < n; ++j) {
         const float m = __builtin_fabsf(A2[j * BLOCK + c]);
@@ -166,61 +260,106 @@ struct Shared {
   }
 };
 
-// dt, and the derivative of dt by delta if `slope` is given. True if every |dt * A2| is within EXP2_RANGE.
-bool step_tile(float *dt, float *slope, const ScanArgs &a, const BlockParams &p, const Shared &shared,
-               int64_t tokens) {
+// dt and dt * u, and the derivative of dt by delta if `slope` is given. True if every |dt * A2| is within what
+// `exp2_small` takes.
+bool step_tile(float *dt, float *dtu, float *slope, const ScanArgs &a, const BlockParams &p, const Shared &shared,
+               View delta, View u, int64_t tokens) {
+  constexpr int TOGETHER = NV == 1 ? 4 : 2;  // tokens, to share the loads of a weight and to hide its latency
   vi inside = vi{} - 1;
-  for (int64_t t = 0; t < tokens; ++t)
-    for (int v = 0; v < NV; ++v) {
-      float *at = dt + t * BLOCK + v * LANES;
-      vf x = load(p.bias + v * LANES);
-      if (a.rank) {
-        const float *low = shared.low_rank + t * a.rank;
-        for (int64_t r = 0; r < a.rank; ++r)
-          x += low[r] * load(p.dt_weight + r * BLOCK + v * LANES);
-      } else {
-        x += load(at);
-      }
-      if (a.softplus) {
-        vf derivative;
-        x = softplus(x, slope ? &derivative : nullptr);
-        if (slope)
-          store(slope + t * BLOCK + v * LANES, derivative);
-      }
-      const vf reach = (vf)((vi)x & 0x7fffffff) * load(p.largest + v * LANES);
-      inside &= reach <= EXP2_RANGE;
-      store(at, x);
+  for (int64_t first = 0; first < tokens; first += TOGETHER) {
+    vf x[TOGETHER][NV];
+#pragma GCC unroll 4
+    for (int i = 0; i < TOGETHER; ++i)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v)
+        x[i][v] = load(p.bias + v * LANES);
+    if (a.rank) {
+      const float *low = shared.low_rank + first * a.rank;  // rows beyond `tokens` exist
+      for (int64_t r = 0; r < a.rank; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) {
+          const vf weight = load(p.dt_weight + r * BLOCK + v * LANES);
+#pragma GCC unroll 4
+          for (int i = 0; i < TOGETHER; ++i)
+            x[i][v] += low[i * a.rank + r] * weight;
+        }
     }
+#pragma GCC unroll 4
+    for (int i = 0; i < TOGETHER; ++i) {
+      const int64_t t = first + i;
+      if (t >= tokens)
+        break;
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) {
+        const int64_t at = t * BLOCK + v * LANES;
+        vf step = x[i][v];
+        if (!a.rank)
+          step += delta.at(t, v);
+        if (a.softplus) {
+          vf derivative;
+          step = softplus(step, slope ? &derivative : nullptr);
+          if (slope)
+            store(slope + at, derivative);
+        }
+        if (EXP2_CHECKED) {
+          const vf reach = (vf)((vi)step & 0x7fffffff) * load(p.largest + v * LANES);
+          inside &= reach <= EXP2_RANGE;
+        }
+        store(dt + at, step);
+        store(dtu + at, step * u.at(t, v));
+      }
+    }
+  }
   bool all = true;
-  for (int i = 0; i < LANES; ++i)
-    all &= inside[i] != 0;
+  if (EXP2_CHECKED)
+    for (int i = 0; i < LANES; ++i)
+      all &= inside[i] != 0;
   return all;
 }
 
 template <bool SMALL> VIM_INLINE vf decay_of(vf dt, vf A2) { return SMALL ? exp2_small(dt, A2) : exp2_any(dt * A2); }
 
-// y_t = C_t h_t (without the skip), h advanced over the tile. KEEP stores every h_t and decay_t for a backward pass.
-// STATES: the number of states if known when compiling, or 0.
+// States [first, first + count) of one block over one tile, with what they need. Pointers are those of the whole block.
+struct Run {
+  int64_t tokens, states;
+  const float *dt, *dtu, *B, *C, *A2;
+  float *h, *y, *kept_h, *kept_decay;
+  Ahead *ahead;
+};
+
+// y_t (+)= C_t h_t (without the skip), h advanced over the tile; the first group of states sets y and fetches ahead, later
+// ones add to it. KEEP stores every h_t and decay_t of the group for a backward pass: (tokens, count, BLOCK).
+// STATES: the count if known when compiling, or 0.
 template <bool SMALL, bool KEEP, bool B_CONSTANT, bool C_CONSTANT, int STATES>
-__attribute__((noinline)) void run_tile(int64_t tokens, int64_t states, const float *dt, const float *dtu, const float *B, const float *C,
-              const float *A2, float *h, float *y, float *kept_h, float *kept_decay) {
-  const int64_t n = STATES ? STATES : states;
+__attribute__((noinline)) void run_states(const Run &r, int64_t first, int64_t runtime_count) {
+  const int64_t n = r.states, count = STATES ? STATES : runtime_count;
   constexpr bool IN_REGISTERS = STATES > 0 && LANES == 16;
+  const float *A2 = r.A2 + first * BLOCK;
+  const float *B = r.B + first * (B_CONSTANT ? BLOCK : 1), *C = r.C + first * (C_CONSTANT ? BLOCK : 1);
+  float *h = r.h + first * BLOCK;
+  __asm__("" : "+r"(A2), "+r"(B), "+r"(C));  // else GCC keeps the address of every row in a register of its own
   vf state[IN_REGISTERS ? STATES : 1];
   if constexpr (IN_REGISTERS) {
 #pragma GCC unroll 16
     for (int j = 0; j < STATES; ++j)
       state[j] = load(h + j * BLOCK);
   }
-  for (int64_t t = 0; t < tokens; ++t) {
+  for (int64_t t = 0; t < r.tokens; ++t) {
     vf step[NV], input[NV], total[NV];
     for (int v = 0; v < NV; ++v) {
-      step[v] = load(dt + t * BLOCK + v * LANES);
-      input[v] = load(dtu + t * BLOCK + v * LANES);
-      total[v] = vf{};
+      step[v] = load(r.dt + t * BLOCK + v * LANES);
+      input[v] = load(r.dtu + t * BLOCK + v * LANES);
+      total[v] = first ? load(r.y + t * BLOCK + v * LANES) : vf{};
     }
+    if (first == 0) {
+      r.ahead->fetch_tile(t);
+      r.ahead->fetch_chunk(0);
+      if (!KEEP)  // else the adjoint's loop does it
+        r.ahead->fetch_chunk(1);
+    }
+    float *kept_h = r.kept_h + t * count * BLOCK, *kept_decay = r.kept_decay + t * count * BLOCK;
 #pragma GCC unroll 16
-    for (int64_t j = 0; j < n; ++j)
+    for (int64_t j = 0; j < count; ++j)
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) {
         const int64_t at = j * BLOCK + v * LANES;
@@ -235,13 +374,13 @@ __attribute__((noinline)) void run_tile(int64_t tokens, int64_t states, const fl
           store(h + at, next);
         }
         if (KEEP) {
-          store(kept_h + t * n * BLOCK + at, next);
-          store(kept_decay + t * n * BLOCK + at, decay);
+          store(kept_h + at, next);
+          store(kept_decay + at, decay);
         }
         total[v] += c * next;
       }
     for (int v = 0; v < NV; ++v)
-      store(y + t * BLOCK + v * LANES, total[v]);
+      store(r.y + t * BLOCK + v * LANES, total[v]);
   }
   if constexpr (IN_REGISTERS) {
 #pragma GCC unroll 16
@@ -250,23 +389,16 @@ __attribute__((noinline)) void run_tile(int64_t tokens, int64_t states, const fl
   }
 }
 
-template <bool SMALL, bool KEEP>
-void run_tile_for(const ScanArgs &a, const BlockParams &p, const Shared &shared, int64_t tokens, const float *dt,
-                  const float *dtu, float *h, float *y, float *kept_h, float *kept_decay) {
-  const float *B = a.b_constant ? p.B : shared.B, *C = a.c_constant ? p.C : shared.C;
-  const int64_t n = a.states;
-  if (!a.b_constant && !a.c_constant) {
-    if (n == 16)
-      run_tile<SMALL, KEEP, false, false, 16>(tokens, n, dt, dtu, B, C, p.A2, h, y, kept_h, kept_decay);
-    else
-      run_tile<SMALL, KEEP, false, false, 0>(tokens, n, dt, dtu, B, C, p.A2, h, y, kept_h, kept_decay);
-  } else if (a.b_constant && a.c_constant) {
-    run_tile<SMALL, KEEP, true, true, 0>(tokens, n, dt, dtu, B, C, p.A2, h, y, kept_h, kept_decay);
-  } else if (a.b_constant) {
-    run_tile<SMALL, KEEP, true, false, 0>(tokens, n, dt, dtu, B, C, p.A2, h, y, kept_h, kept_decay);
-  } else {
-    run_tile<SMALL, KEEP, false, true, 0>(tokens, n, dt, dtu, B, C, p.A2, h, y, kept_h, kept_decay);
-  }
+template <bool SMALL, bool KEEP> void run_group(const ScanArgs &a, const Run &r, int64_t first, int64_t count) {
+  if (a.b_constant)
+    a.c_constant ? run_states<SMALL, KEEP, true, true, 0>(r, first, count)
+                 : run_states<SMALL, KEEP, true, false, 0>(r, first, count);
+  else if (a.c_constant)
+    run_states<SMALL, KEEP, false, true, 0>(r, first, count);
+  else if (count == (KEEP ? KEPT_STATES : MOST_STATES))
+    run_states<SMALL, KEEP, false, false, KEEP ? KEPT_STATES : MOST_STATES>(r, first, count);
+  else
+    run_states<SMALL, KEEP, false, false, 0>(r, first, count);
 }
 
 }  // namespace

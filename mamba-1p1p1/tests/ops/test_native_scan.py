@@ -55,6 +55,8 @@ CASES = [
     (2, 34, 16, 16, 1, {"constant": "C", "initial": True}),
     (1, 40, 17, 5, 1, {"constant": "BC", "optional": False}),
     (1, 5, 3, 256, 1, {"initial": True}),
+    (1, 45, 20, 64, 1, {"initial": True}),
+    (2, 35, 36, 27, 2, {}),
     (1, 197, 150, 16, 1, {}),
 ]
 
@@ -100,6 +102,13 @@ def test_very_long_steps_reset_the_state():
     """dt A far below -126, where 2^x has left the range of the fast exponential."""
     inputs = make(1, 50, 32, 16, 1, torch.float32)
     inputs["delta"] = inputs["delta"] * 60
+    run_both(inputs, torch.float32, reverse=False, softplus=True)
+
+
+def test_subnormal_states_count_as_zero():
+    """Inputs at the smallest normal number decay below it within a few tokens."""
+    inputs = make(1, 50, 32, 16, 1, torch.float32)
+    inputs["u"] = inputs["u"] * 2.0**-126
     run_both(inputs, torch.float32, reverse=False, softplus=True)
 
 
