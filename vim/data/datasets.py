@@ -2,36 +2,29 @@
 
 import argparse
 import json
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import timm.data
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import Dataset
 from torchvision import datasets as tv
 
 from vim.data.fmnist import FashionMNIST
+from vim.data.images import Samples, decode
+from vim.data.streams import Stream
 from vim.data.transforms import build_transform
 from vim.errors import UserError
 
 DATA_SETS = ("IMNET", "CIFAR", "INAT", "INAT19", "FMNIST")
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
-# Readers of timm's factory, asked for by prefix: `--data-set wds/my-set --data-path FOLDER`.
-_FACTORY_PREFIXES = ("wds/", "hfds/", "tfds/", "tar/")
-
-
-def load_image(path: str) -> Image.Image:
-    """An RGB image.
-
-    Raises:
-        UserError: the file cannot be read as an image; the message names it.
-    """
-    try:
-        with open(path, "rb") as file:
-            return Image.open(file).convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise UserError(f"{path} cannot be read as an image ({type(error).__name__}): replace or remove it") from error
+# Readers of timm, asked for by prefix: `--data-set hfds/NAME --data-path FOLDER`. Those of the second line are streams.
+FACTORY_PREFIXES = ("tar/", "hfds/", "wds/", "tfds/", "hfids/")
+_STREAMS = ("wds/", "tfds/", "hfids/")
+_NEEDS = {"hfds/": "datasets", "hfids/": "datasets", "wds/": "webdataset", "tfds/": "tensorflow-datasets"}
+_TWO_SPLITS = "--data-path must hold train/ and val/, each with one folder of images per class"
 
 
 def _folder(path: Path, what: str) -> Path:
@@ -40,13 +33,13 @@ def _folder(path: Path, what: str) -> Path:
     return path
 
 
-def image_folder(root: Path, transform: Callable[[Image.Image], Any]) -> tv.ImageFolder:
-    """A folder with one sub-folder of images per class.
+def image_folder(root: Path, mode: str = "RGB") -> tv.ImageFolder:
+    """A folder with one sub-folder of images per class, as PIL images.
 
     Raises:
         UserError: the folder is missing or empty, or a class has no images (named).
     """
-    _folder(root, "--data-path must hold train/ and val/, each with one folder of images per class")
+    _folder(root, _TWO_SPLITS)
     classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
     if not classes:
         raise UserError(f"{root} is empty: it must hold one folder of images per class")
@@ -56,13 +49,13 @@ def image_folder(root: Path, transform: Callable[[Image.Image], Any]) -> tv.Imag
             raise UserError(
                 f"class folder {root / name} has no images: add some ({', '.join(extensions)}) or remove the folder"
             )
-    return tv.ImageFolder(str(root), transform=transform, loader=load_image)
+    return tv.ImageFolder(str(root), loader=partial(decode, mode=mode))
 
 
-class INaturalist(tv.ImageFolder):
+class INaturalist(Dataset):
     """iNaturalist 2018 or 2019, labelled at one level of its taxonomy (`{train,val}{year}.json`, `categories.json`)."""
 
-    def __init__(self, root: Path, *, train: bool, year: int, category: str, transform: Any) -> None:
+    def __init__(self, root: Path, *, train: bool, year: int, category: str, mode: str) -> None:
         annotations = root / f"{'train' if train else 'val'}{year}.json"
         try:
             targets = {c["id"]: c[category] for c in json.loads((root / "categories.json").read_text())}
@@ -74,65 +67,141 @@ class INaturalist(tv.ImageFolder):
                 numbers.setdefault(targets[entry["category_id"]], len(numbers))
             files = {image["id"]: image["file_name"] for image in content["images"]}
             self.samples = [
-                (str(root / files[e["image_id"]]), numbers[targets[e["category_id"]]]) for e in content["annotations"]
+                (root / files[e["image_id"]], numbers[targets[e["category_id"]]]) for e in content["annotations"]
             ]
         except (OSError, KeyError, json.JSONDecodeError) as error:
             raise UserError(
                 f"{root} does not hold iNaturalist {year} with labels by {category!r}: it needs categories.json, "
                 f"train{year}.json and val{year}.json ({error})"
             ) from error
-        self.loader, self.transform, self.target_transform = load_image, transform, None
+        self.mode = mode
         self.classes = list(numbers)
 
+    def __len__(self) -> int:
+        return len(self.samples)
 
-def build_dataset(is_train: bool, args: argparse.Namespace) -> tuple[Dataset, int]:
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        path, target = self.samples[index]
+        return decode(path, self.mode), target
+
+
+class _Grey(Dataset):
+    """A data set of PIL images with its images in another mode."""
+
+    def __init__(self, images: Dataset, mode: str) -> None:
+        self.images, self.mode, self.classes = images, mode, images.classes
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        image, target = self.images[index]
+        return image.convert(self.mode), target
+
+
+class ReaderImages(Dataset):
+    """PIL images of one of timm's indexed readers; timm's own class of this kind passes bad images over by itself."""
+
+    def __init__(self, reader: Any, mode: str) -> None:
+        self.reader, self.mode = reader, mode
+        numbers = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)
+        if numbers:
+            self.classes = sorted(numbers, key=numbers.get)
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        source, target = self.reader[index]
+        return decode(source, self.mode, str(self.reader.filename(index))), int(target)
+
+
+def _from_timm(name: str, root: Path, is_train: bool, args: argparse.Namespace, mode: str) -> Any:
+    """timm's reader behind a prefix: an indexed data set of PIL images, or timm's own stream.
+
+    Raises:
+        UserError: the library it needs is missing, or it cannot read the data.
+    """
+    split = args.train_split if is_train else args.eval_split
+    prefix = name[: name.index("/") + 1]
+    if prefix == "tar/":
+        path = root if root.suffix == ".tar" else root / f"{split}.tar"
+        if not path.is_file():
+            raise UserError(f"{path} is missing: --data-set tar/ reads {split}.tar, see --train-split and --eval-split")
+        # An open file would be shared between workers, and with it the place it is read at.
+        return ReaderImages(ReaderImageInTar(str(path), cache_tarfiles=False), mode)
+    try:
+        data = timm.data.create_dataset(
+            name, root=str(root), split=split, is_training=is_train, batch_size=args.batch_size, seed=args.seed,
+            input_img_mode=mode,
+        )  # fmt: skip
+    except ImportError as error:
+        raise UserError(f"--data-set {name} needs {_NEEDS[prefix]}: pip install {_NEEDS[prefix]}") from error
+    except Exception as error:  # of four libraries, each with types of its own
+        if "install" in str(error):
+            raise UserError(f"--data-set {name} needs {_NEEDS[prefix]}: pip install {_NEEDS[prefix]}") from error
+        raise UserError(f"--data-set {name} cannot be read from {root}, split {split!r}: {error}") from error
+    return data if prefix in _STREAMS else ReaderImages(data.reader, mode)
+
+
+def _images(is_train: bool, args: argparse.Namespace) -> tuple[Any, int]:
+    """PIL images of one split, or timm's stream of them, and the number of classes, 0 if the data does not say."""
+    name, split = args.data_set, "train" if is_train else "val"
+    mode = "L" if args.in_chans == 1 else "RGB"
+    if name not in DATA_SETS and not name.startswith(FACTORY_PREFIXES):
+        raise UserError(
+            f"--data-set is {name!r}, expected one of {', '.join(DATA_SETS)} or a name that begins with "
+            f"{', '.join(FACTORY_PREFIXES)}"
+        )
+    if name == "FMNIST":
+        folder = _folder(Path(args.data_path), "--data-path must be Fashion-MNIST's folder") if args.data_path else None
+        return FashionMNIST(train=is_train, folder=folder, mode=mode, transform=None), 10
+    if not args.data_path:
+        raise UserError(f"--data-set {name} needs --data-path, the folder that holds it")
+    root = Path(args.data_path)
+    if name == "IMNET":
+        _folder(root, _TWO_SPLITS)
+        if args.eval and not any((root / s).is_dir() for s in ("train", "val")):
+            # Sets for evaluation alone, such as ImageNet-V2, -R, -A and -Sketch, come without splits.
+            data = image_folder(root, mode)
+        else:
+            data = image_folder(root / split, mode)
+        return data, len(data.classes)
+    if name == "CIFAR":
+        try:
+            data = tv.CIFAR100(str(root), train=is_train, download=False)
+        except RuntimeError as error:
+            raise UserError(
+                f"{root} does not hold CIFAR-100: unpack cifar-100-python.tar.gz of the original set into it"
+            ) from error
+        return (data if mode == "RGB" else _Grey(data, mode)), 100
+    if name in ("INAT", "INAT19"):
+        year = 2018 if name == "INAT" else 2019
+        data = INaturalist(root, train=is_train, year=year, category=args.inat_category, mode=mode)
+        return data, len(data.classes)
+    data = _from_timm(name, root, is_train, args, mode)
+    return data, len(getattr(data, "classes", ()))
+
+
+def build_dataset(is_train: bool, args: argparse.Namespace) -> tuple[Samples | Stream, int]:
     """One split, with its transform, and its number of classes.
 
     Raises:
         UserError: unknown data set, missing data, or data that does not have the expected form.
     """
     transform = build_transform(is_train, args)
-    name, split = args.data_set, "train" if is_train else "val"
-    if name not in DATA_SETS and not name.startswith(_FACTORY_PREFIXES):
-        raise UserError(
-            f"--data-set is {name!r}, expected one of {', '.join(DATA_SETS)} or a name that begins with "
-            f"{', '.join(_FACTORY_PREFIXES)}"
-        )
-    if name == "FMNIST":
-        folder = _folder(Path(args.data_path), "--data-path must be Fashion-MNIST's folder") if args.data_path else None
-        mode = "L" if args.in_chans == 1 else "RGB"
-        return FashionMNIST(train=is_train, folder=folder, mode=mode, transform=transform), 10
-    if not args.data_path:
-        raise UserError(f"--data-set {name} needs --data-path, the folder that holds it")
-    root = Path(args.data_path)
-    if name == "IMNET":
-        _folder(root, "--data-path must hold train/ and val/, each with one folder of images per class")
-        data = image_folder(root / split, transform)
-        return data, len(data.classes)
-    if name == "CIFAR":
-        try:
-            return tv.CIFAR100(str(root), train=is_train, transform=transform, download=False), 100
-        except RuntimeError as error:
-            raise UserError(
-                f"{root} does not hold CIFAR-100: unpack cifar-100-python.tar.gz of the original set into it"
-            ) from error
-    if name in ("INAT", "INAT19"):
-        year = 2018 if name == "INAT" else 2019
-        data = INaturalist(root, train=is_train, year=year, category=args.inat_category, transform=transform)
-        return data, len(data.classes)
-    # timm reads folders and tar files by the empty prefix.
-    data = timm.data.create_dataset(
-        name.removeprefix("tar/") if name.startswith("tar/") else name,
-        root=str(root), split="train" if is_train else "validation", is_training=is_train,
-        batch_size=args.batch_size, seed=args.seed,
-    )  # fmt: skip
-    data.transform = transform
-    if not args.num_classes:
-        raise UserError(f"--data-set {name} does not say how many classes it has: pass --num-classes")
-    return data, args.num_classes
+    images, num_classes = _images(is_train, args)
+    num_classes = num_classes or args.num_classes
+    if not num_classes:
+        raise UserError(f"--data-set {args.data_set} does not say how many classes it has: pass --num-classes")
+    if args.data_set.startswith(_STREAMS):
+        if args.cache:
+            raise UserError(f"--cache keeps an indexed set in memory, and {args.data_set} is a stream: leave it out")
+        return Stream(images, transform, is_train=is_train, args=args), num_classes
+    return Samples(images, transform, is_train=is_train, args=args), num_classes
 
 
-def build_datasets(args: argparse.Namespace) -> tuple[Dataset | None, Dataset, int]:
+def build_datasets(args: argparse.Namespace) -> tuple[Samples | Stream | None, Samples | Stream, int]:
     """Training set (None with --eval), evaluation set and number of classes.
 
     Raises:

@@ -5,41 +5,23 @@ out (epoch, position, index), and the random numbers of a sample's augmentation 
 """
 
 import argparse
-import contextlib
 import itertools
+import logging
 import math
 import os
-import random
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
+from vim.data.images import Samples
+from vim.data.seeding import seeded
+from vim.data.streams import Stream, StreamLoader
 from vim.errors import UserError
 
-
-@contextlib.contextmanager
-def seeded(*key: int) -> Iterator[None]:
-    """Seed Python's, numpy's and torch's CPU generators from `key` inside the block, and restore them after it."""
-    states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
-    try:
-        seed_all(*key)
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.random.set_rng_state(states[2])
-
-
-def seed_all(*key: int) -> None:
-    """Seed Python's, numpy's and torch's generators (of every device) from a tuple of integers."""
-    words = np.random.SeedSequence([k & 0xFFFFFFFF for k in key]).generate_state(3)
-    random.seed(int(words[0]))
-    np.random.seed(int(words[1]))
-    torch.manual_seed(int(words[2]))
+_logger = logging.getLogger("vision_mamba")
 
 
 class SeededDataset(Dataset):
@@ -108,7 +90,7 @@ class TrainLoader:
     """
 
     def __init__(self, dataset: Dataset, args: argparse.Namespace, *, world_size: int, rank: int) -> None:
-        self.batch_size = args.batch_size
+        self.dataset, self.batch_size = dataset, args.batch_size
         self.sampler = EpochSampler(
             dataset, repeated=args.repeated_aug, seed=args.seed, rank=rank, world_size=world_size
         )
@@ -159,12 +141,37 @@ class _ShardSampler(Sampler):
         return iter(self.indices)
 
 
+def _stream_loader(
+    stream: Stream, args: argparse.Namespace, batch_size: int, rank: int, world_size: int
+) -> StreamLoader:
+    options = _loader_options(args)
+    stream.share(rank, world_size, max(1, options["num_workers"]))
+    return StreamLoader(stream, batch_size, options)
+
+
 def build_loaders(
-    args: argparse.Namespace, train_set: Dataset | None, eval_set: Dataset, *, world_size: int, rank: int
-) -> tuple[TrainLoader | None, DataLoader]:
-    """The loaders of one process; the evaluation set is shared out exactly, with no sample counted twice."""
-    train_loader = None if train_set is None else TrainLoader(train_set, args, world_size=world_size, rank=rank)
+    args: argparse.Namespace,
+    train_set: Samples | Stream | None,
+    eval_set: Samples | Stream,
+    *,
+    world_size: int,
+    rank: int,
+) -> tuple[TrainLoader | StreamLoader | None, DataLoader | StreamLoader]:
+    """The loaders of one process; the evaluation set is shared out exactly, with no sample counted twice.
+
+    Raises:
+        UserError: the training set is smaller than a batch, or a stream has too few shards.
+    """
+    train_loader: TrainLoader | StreamLoader | None = None
+    if isinstance(train_set, Stream):
+        if args.repeated_aug and rank == 0:
+            _logger.warning("a stream gives each sample once: there is no repeated augmentation")
+        train_loader = _stream_loader(train_set, args, args.batch_size, rank, world_size)
+    elif train_set is not None:
+        train_loader = TrainLoader(train_set, args, world_size=world_size, rank=rank)
     eval_batch = max(1, math.ceil(1.5 * args.batch_size))
+    if isinstance(eval_set, Stream):
+        return train_loader, _stream_loader(eval_set, args, eval_batch, rank, world_size)
     eval_loader = DataLoader(
         eval_set, batch_size=eval_batch, sampler=_ShardSampler(len(eval_set), rank, world_size),
         **_loader_options(args),

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import yaml
 from timm.utils import ParseKwargs
 
-from vim.data import DATA_SETS, INAT_CATEGORIES
+from vim.data import BAD_IMAGE, DATA_SETS, FACTORY_PREFIXES, INAT_CATEGORIES
 from vim.engine.checkpoints import parse_interval
 from vim.errors import UserError
 
@@ -82,10 +82,15 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--start_epoch", type=int, default=0, help="first epoch, counted from 0; --resume sets it")
     switch("eval", "--eval", None, False, "evaluate and stop")
     # Data
-    flag("--data-set", default="IMNET", help=f"{', '.join(DATA_SETS)}, or a reader of timm (wds/, hfds/, tfds/, tar/)")
+    readers = ", ".join(FACTORY_PREFIXES)
+    flag("--data-set", default="IMNET", help=f"{', '.join(DATA_SETS)}, or a name behind a prefix of timm's: {readers}")
     flag("--data-path", default="", help="folder of the data set; FMNIST needs none")
+    flag("--train-split", default="train", help="training split of a data set with a prefix")
+    flag("--eval-split", default="validation", help="its evaluation split")
     flag("--inat-category", default="name", choices=INAT_CATEGORIES, help="level of iNaturalist's labels")
     flag("--num-classes", type=int, default=0, help="classes, for data sets that do not say")
+    flag("--on-bad-image", default="stop", choices=BAD_IMAGE, help="what an image does that cannot be read")
+    switch("cache", "--cache", None, False, "keep the decoded images in memory, for sets that fit")
     flag("--input-size", type=int, default=224, help="side of the image in pixels")
     flag("--in-chans", type=int, default=3, choices=(1, 3), help="1 for grey images, 3 for colour")
     flag("--num_workers", type=int, default=10, help="loader processes")

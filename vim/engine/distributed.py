@@ -5,6 +5,7 @@ import logging
 import os
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -70,6 +71,15 @@ def sum_over_ranks(values: torch.Tensor, place: Place) -> torch.Tensor:
         values = values.to(place.device)
         dist.all_reduce(values)
     return values
+
+
+def count_bad_images(data: Any, place: Place) -> int:
+    """Images of a data set that proved bad so far, each once however many processes met it."""
+    marks = data.bad_images().to(place.device)
+    if place.world_size > 1:
+        # Streams have a plain count instead, of samples that one process alone reads.
+        dist.all_reduce(marks, dist.ReduceOp.MAX if marks.dtype == torch.uint8 else dist.ReduceOp.SUM)
+    return int(marks.sum())
 
 
 def largest_over_ranks(value: int, place: Place) -> int:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from timm.utils import accuracy
 from torch import nn
 
+from vim.data import LEFT_OUT
 from vim.engine.distributed import Place, largest_over_ranks, sum_over_ranks
 from vim.engine.reporting import Reporter
 from vim.engine.training import autocast, model_options
@@ -51,6 +52,11 @@ def evaluate(
     reporter.start("evaluate", len(loader))
     begun, batches = time.perf_counter(), 0
     for images, targets in loader:
+        # Images that could not be read count as if they were not there.
+        if (targets == LEFT_OUT).any():
+            images, targets = images[targets != LEFT_OUT], targets[targets != LEFT_OUT]
+        if len(targets) == 0:
+            continue
         # Shards are gathered by all processes together, so there none may leave alone.
         if stop_requested() and not args.fsdp:
             sums[4] = 1
@@ -78,7 +84,11 @@ def evaluate(
         return None
     loss, top1, top5 = (sums[:3] / sums[3].clamp(min=1)).tolist()
     seconds = time.perf_counter() - begun
-    return {"test_loss": loss, "test_acc1": top1, "test_acc5": top5, "test_images_per_s": sums[3].item() / seconds}
+    images = sums[3].item()
+    return {
+        "test_loss": loss, "test_acc1": top1, "test_acc5": top5, "test_images": int(images),
+        "test_images_per_s": images / seconds,
+    }  # fmt: skip
 
 
 class PerClass:

@@ -18,7 +18,7 @@ from vim.engine import checkpoints
 from vim.engine.arguments import parse_args, save_config
 from vim.engine.build import build_model, build_objective, build_training, head_size, put_weights, read_weights
 from vim.engine.checkpoints import Keeper
-from vim.engine.distributed import Place, choose_place
+from vim.engine.distributed import Place, choose_place, count_bad_images
 from vim.engine.evaluation import PerClass, evaluate, read_class_index
 from vim.engine.losses import Objective
 from vim.engine.reporting import Reporter
@@ -162,7 +162,8 @@ def _train(
         state.next_epoch()
         improved = tested["test_acc1"] > state.best
         state.best = max(state.best, tested["test_acc1"])
-        record = {"epoch": epoch, **trained, **tested, "best_acc1": state.best}
+        bad = sum(count_bad_images(loader.dataset, place) for loader in (train_loader, eval_loader))
+        record = {"epoch": epoch, **trained, **tested, "best_acc1": state.best, "bad_images": bad}
         keeper.save_epoch(state, improved=improved)
         _logger.info(
             "epoch %d/%d  loss %.4f  test loss %.4f  top-1 %.2f %%  top-5 %.2f %%  best %.2f %%  %.0f images/s",
@@ -210,9 +211,9 @@ def _evaluate_only(
     if place.is_main:
         for prefix, what in (("", "test images"), ("ema_", "test images, averaged weights")):
             if f"{prefix}test_acc1" in record:
-                acc1, acc5, loss, rate = (record[f"{prefix}test_{k}"] for k in ("acc1", "acc5", "loss", "images_per_s"))
-                print(
-                    f"{len(data)} {what}: top-1 {acc1:.3f} %  top-5 {acc5:.3f} %  loss {loss:.4f}  {rate:.0f} images/s"
+                count, acc1, acc5, loss, rate = (
+                    record[f"{prefix}test_{k}"] for k in ("images", "acc1", "acc5", "loss", "images_per_s")
                 )
+                print(f"{count} {what}: top-1 {acc1:.3f} %  top-5 {acc5:.3f} %  loss {loss:.4f}  {rate:.0f} images/s")
         print(json.dumps(record))
     return record

@@ -1,0 +1,179 @@
+"""Two gloo processes against one: the same training, exact evaluation, sharding, checkpoints for any number of them."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.slow
+
+REPOSITORY = Path(__file__).parents[2]
+# Mixing, dropout and stochastic depth draw one random number per process and batch: off, as only then one process can
+# do what two do. Augmentation is on: it is drawn per sample, wherever that is loaded.
+FLAGS = (
+    "--model", "vim_nano_patch4_32", "--input-size", "32", "--epochs", "2", "--lr", "2.0", "--warmup-epochs", "0",
+    "--opt", "sgd", "--clip-grad", "1.0", "--mixup", "0", "--cutmix", "0", "--drop-path", "0", "--seed", "5",
+    "--model-ema-decay", "0.5", "--num_workers", "0", "--device", "cpu", "--checkpoint-interval", "1",
+)  # fmt: skip
+
+
+def environment():
+    return {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+
+
+def start(processes, *argv):
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return subprocess.Popen(
+        [*command, "main.py", *map(str, argv)], cwd=REPOSITORY / "vim", env=environment(), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def launch(processes, *argv):
+    process = start(processes, *argv)
+    out, err = process.communicate(timeout=500)
+    assert process.returncode == 0, err
+    return out, err
+
+
+def state(folder):
+    return torch.load(folder / "checkpoint.pth", weights_only=True)
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def odd_tree(tree, tmp_path_factory):
+    """The made-up tree with one evaluation image more: 13, no multiple of two processes."""
+    root = tmp_path_factory.mktemp("odd") / "tree"
+    shutil.copytree(tree, root)
+    shutil.copy(root / "val" / "red" / "0.jpg", root / "val" / "red" / "more.jpg")
+    return root
+
+
+@pytest.fixture(scope="module")
+def runs(odd_tree, tmp_path_factory):
+    """Folder of the run with these flags by so many processes, and what it printed to standard error."""
+    done = {}
+
+    def run(processes, *argv):
+        key = (processes, *argv)
+        if key not in done:
+            folder = tmp_path_factory.mktemp("run")
+            batch = 8 // processes
+            _, err = launch(
+                processes, *FLAGS, "--batch-size", batch, "--data-path", odd_tree, "--output_dir", folder, *argv
+            )
+            done[key] = folder, err
+        return done[key]
+
+    return run
+
+
+def assert_equal_training(one, two):
+    """Loss curve, evaluation and final weights within float32's rounding.
+
+    Six updates of norm at most lr × clip = 2 × 8 / 512 each; gradients are sums of a few hundred float32 terms in
+    another order, so they differ by some 1e-6 of their size, and updates of up to 0.03 by 1e-6 in all, with room.
+    """
+    for first, second in zip(records(one), records(two), strict=True):
+        for name in ("train_loss", "test_loss", "ema_test_loss", "train_grad_norm"):
+            assert second[name] == pytest.approx(first[name], rel=1e-4), name
+        for name in ("test_acc1", "test_acc5", "ema_test_acc1", "train_lr"):
+            assert second[name] == pytest.approx(first[name], rel=1e-12), name
+    first, second = state(one), state(two)
+    for key in ("model", "model_ema"):
+        assert first[key].keys() == second[key].keys()
+        for name, value in first[key].items():
+            torch.testing.assert_close(second[key][name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n} {m}")
+
+
+@pytest.mark.parametrize("sampling", ["--no-repeated-aug", "--repeated-aug"])
+def test_two_processes_train_like_one(runs, sampling):
+    one, two = runs(1, sampling), runs(2, sampling)
+    assert_equal_training(one[0], two[0])
+    before = state(one[0])["model"]["head.weight"]
+    assert not torch.allclose(before, torch.zeros_like(before), atol=1e-3)
+
+
+def test_accumulation_over_two_processes(runs):
+    """Gradients are exchanged with the last batch of an update only, and the update is the same."""
+    whole = runs(1, "--no-repeated-aug")[0]
+    assert_equal_training(whole, runs(2, "--no-repeated-aug", "--batch-size", "2", "--grad-accum-steps", "2")[0])
+
+
+def test_only_the_first_process_speaks(runs):
+    _, err = runs(2, "--no-repeated-aug")
+    for words in ("epoch 1/2  loss", "epoch 2/2  loss", "running on the CPU"):
+        assert err.count(words) == 1, err
+
+
+def test_evaluation_counts_every_image_once(runs, odd_tree, tmp_path):
+    """13 images over two processes: counts and figures of one process, nothing padded, per class too."""
+    checkpoint = runs(1, "--no-repeated-aug")[0] / "checkpoint.pth"
+    printed, tables = [], []
+    for processes in (1, 2):
+        table = tmp_path / f"{processes}.csv"
+        out, _ = launch(processes, "--eval", "--resume", checkpoint, "--data-path", odd_tree, "--num_workers", "0",
+                        "--device", "cpu", "--per-class-csv", table)  # fmt: skip
+        lines = out.splitlines()
+        assert sum("13 test images" in line for line in lines) == 2  # of the weights and of their average
+        printed.append(json.loads(lines[-1]))
+        with table.open() as file:
+            tables.append(list(csv.reader(file)))
+    for name in ("test_acc1", "test_acc5", "ema_test_acc1"):
+        assert printed[0][name] == printed[1][name]
+    assert printed[0]["test_loss"] == pytest.approx(printed[1]["test_loss"], rel=1e-5)
+    assert tables[0] == tables[1]
+    assert [row[1] for row in tables[0]] == ["images", "4", "4", "5"]
+
+
+def test_shards_train_like_replicas(runs, odd_tree, tmp_path):
+    """FSDP2 trains what one process trains; its checkpoint is whole: one process evaluates it and goes on from it."""
+    one, sharded = runs(1, "--no-repeated-aug")[0], runs(2, "--no-repeated-aug", "--fsdp")[0]
+    assert_equal_training(one, sharded)
+    out, _ = launch(1, "--eval", "--resume", sharded / "checkpoint.pth", "--device", "cpu")
+    assert json.loads(out.splitlines()[-1])["test_acc1"] == records(sharded)[-1]["test_acc1"]
+    for processes, folder, flags in ((1, one, ()), (1, sharded, ("--batch-size", "8")), (2, one, ("--fsdp",))):
+        target = tmp_path / f"{processes}{folder.name}"
+        flags = (*flags, "--batch-size", 8 // processes, "--epochs", "3", "--output_dir", target)
+        launch(processes, "--resume", folder / "checkpoint.pth", *flags, "--device", "cpu")
+    first, *others = sorted(tmp_path.iterdir())
+    for other in others:
+        for name, value in state(first)["model"].items():
+            torch.testing.assert_close(state(other)["model"][name], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", [("--clip-mode", "value", "--clip-grad", "0.05"), ("--grad-accum-steps", "2")])
+def test_shards_with_other_options(runs, mode):
+    flags = ("--no-repeated-aug", *mode)
+    assert_equal_training(runs(1, *flags)[0], runs(2, "--fsdp", *flags)[0])
+
+
+def test_one_process_killed(runs, odd_tree, tmp_path):
+    """SIGKILL of one rank ends the run; --resume auto gives the bits of an undisturbed run of two processes."""
+    expected = runs(2, "--no-repeated-aug")[0]
+    argv = (*FLAGS, "--no-repeated-aug", "--batch-size", 4, "--data-path", odd_tree, "--output_dir", tmp_path)
+    process = start(2, *argv, "--resume", "auto")
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "checkpoint.pth").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode != 0, err
+    launch(2, *argv, "--resume", "auto")
+    first, second = state(expected), state(tmp_path)
+    assert all(torch.equal(first["model"][k], second["model"][k]) for k in first["model"])

@@ -1,0 +1,146 @@
+"""From a data set of undecoded or decoded images to samples: bad images, the cache in memory, the transform."""
+
+import argparse
+import logging
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch.utils.data import Dataset
+
+from vim.errors import UserError
+
+# Not the engine's logger, which is silent in all processes but the first: each process meets bad images of its own.
+_logger = logging.getLogger("vision_mamba.data")
+
+BAD_IMAGE = ("stop", "replace")
+# So many bad images in a row are no accident.
+_MOST_IN_A_ROW = 100
+# Target of an image that evaluation leaves out.
+LEFT_OUT = -1
+
+
+class BadImageError(UserError):
+    """An image that cannot be read."""
+
+
+def decode(source: str | Path | IO[bytes], mode: str, name: str = "") -> Image.Image:
+    """An image of this mode ("RGB" or "L") from a path or an open file, read to its end.
+
+    Raises:
+        BadImageError: it cannot be read as an image; the message holds its name.
+    """
+    try:
+        with Image.open(source) as image:
+            return image.convert(mode)
+    # Pillow raises these of damaged files, beside OSError, the parent of UnidentifiedImageError.
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BadImageError(f"{name or source} cannot be read as an image ({type(error).__name__})") from error
+
+
+class Samples(Dataset):
+    """Transformed images and class numbers of a map-style data set of PIL images.
+
+    A bad image stops the run, or is counted, logged once and replaced by the next good one of the data set; an
+    evaluation set leaves it out instead (its target is `LEFT_OUT`), so that its figures are those of real images.
+
+    Args:
+        images: indexed to (PIL image, class number); raises BadImageError. Its `classes`, if any, are passed on.
+        transform: PIL image → tensor.
+        is_train: a training set.
+        args: parsed flags (`on_bad_image`, `cache`, and the image's size).
+    """
+
+    def __init__(
+        self, images: Dataset, transform: Callable[[Image.Image], torch.Tensor], *, is_train: bool,
+        args: argparse.Namespace,
+    ) -> None:  # fmt: skip
+        self.images, self.transform, self.is_train = images, transform, is_train
+        self.policy = args.on_bad_image
+        self._shape = (args.in_chans, args.input_size, args.input_size)
+        if hasattr(images, "classes"):
+            self.classes = list(images.classes)
+        # Shared, so that workers mark for one another, and for the main process to count.
+        self._bad = torch.zeros(len(images), dtype=torch.uint8).share_memory_()
+        self._cache: list[np.ndarray | None] | None = None
+        self._targets: list[int] = []
+        if args.cache:
+            self._fill_cache()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        for tried in range(min(len(self), _MOST_IN_A_ROW)):
+            at = (index + tried) % len(self)
+            try:
+                image, target = self._image(at)
+            except BadImageError as error:
+                self._note(at, error)
+                if not self.is_train:
+                    return torch.zeros(self._shape), LEFT_OUT
+                continue
+            return self.transform(image), target
+        raise UserError(f"{_MOST_IN_A_ROW} images in a row cannot be read: look at the lines of the log that name them")
+
+    def bad_images(self) -> torch.Tensor:
+        """Which images proved bad so far in this process and its workers: (n,) uint8, 1 or 0."""
+        return self._bad.clone()
+
+    def _note(self, index: int, error: BadImageError) -> None:
+        if self.policy == "stop":
+            raise UserError(
+                f"{error}: replace or remove it, or go on without such images by --on-bad-image replace"
+            ) from error
+        if not self._bad[index]:
+            self._bad[index] = 1
+            _logger.warning("%s; %s", error, "another takes its place" if self.is_train else "it is left out")
+
+    def _image(self, index: int) -> tuple[Image.Image, int]:
+        if self._cache is not None and (pixels := self._cache[index]) is not None:
+            return Image.fromarray(pixels), self._targets[index]
+        return self.images[index]
+
+    def _fill_cache(self) -> None:
+        """Decode every image into memory before workers start: they share it, as pages that nobody writes."""
+        limit = _free_memory() // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        used, begun = 0, time.perf_counter()
+        cache: list[np.ndarray | None] = [None] * len(self)
+        targets = [LEFT_OUT] * len(self)
+
+        def load(index: int) -> None:
+            nonlocal used
+            if used > limit:
+                return
+            try:
+                image, targets[index] = self.images[index]
+            except BadImageError as error:
+                self._note(index, error)
+                return
+            cache[index] = pixels = np.asarray(image)
+            used += pixels.nbytes
+
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(load, range(len(self))))
+        if used > limit:
+            raise UserError(
+                f"--cache: the images take more than {limit / 2**30:.1f} GiB, half of this process's share of the free "
+                "memory: leave --cache out"
+            )
+        self._cache, self._targets = cache, targets
+        _logger.info("%d images in memory: %.1f MB, read in %.1f s", len(self), used / 1e6, time.perf_counter() - begun)
+
+
+def _free_memory() -> int:
+    """Bytes that can be taken without swapping, or all of the memory where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
