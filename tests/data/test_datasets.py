@@ -213,8 +213,8 @@ def webdataset(tmp_path):
 
 def webdataset_flags(folder, *argv):
     return (
-        "--data-set", "wds/made-up", "--data-path", folder, "--num-classes", 3, "--eval-crop-ratio", 1.0, "--aa", "none",
-        "--reprob", 0, "--color-jitter", 0, *argv,
+        "--data-set", "wds/made-up", "--data-path", folder, "--num-classes", 3, "--eval-crop-ratio", 1.0,
+        "--aa", "none", "--reprob", 0, "--color-jitter", 0, *argv,
     )  # fmt: skip
 
 
@@ -322,7 +322,8 @@ def test_missing_library_is_named(parsed, tmp_path, monkeypatch, prefix, module,
     import sys
 
     monkeypatch.setitem(sys.modules, module, None)
-    for name in [m for m in sys.modules if m.startswith(("timm.data.readers.reader_hf", "timm.data.readers.reader_tf"))]:
+    readers = ("timm.data.readers.reader_hf", "timm.data.readers.reader_tf")
+    for name in [m for m in sys.modules if m.startswith(readers)]:
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(UserError, match=f"pip install {package}"):
         build_datasets(parsed("--data-set", f"{prefix}/x", "--data-path", tmp_path, "--num-classes", 3))

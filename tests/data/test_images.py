@@ -121,7 +121,8 @@ def test_cache_and_bad_images(parsed, colours):
     spoil(colours / "train" / "green", "1.jpg")
     with pytest.raises(UserError, match=r"green/1\.jpg"):
         build_datasets(parsed("--data-path", colours, "--cache"))
-    train, _, _ = build_datasets(parsed("--data-path", colours, "--cache", "--on-bad-image", "replace", "--no-train-mode"))
+    flags = ("--data-path", colours, "--cache", "--on-bad-image", "replace", "--no-train-mode")
+    train, _, _ = build_datasets(parsed(*flags))
     assert torch.equal(train[5][0], train[6][0])
     assert train.bad_images().sum() == 1
 
