@@ -4,9 +4,12 @@ import math
 
 import torch
 import torch.nn.functional as F
+from causal_conv1d_vim import causal_conv1d_update
 from torch import nn
 
 from mamba_ssm_vim.ops.mixer import Direction, mixer
+from mamba_ssm_vim.ops.selective_scan import selective_scan
+from mamba_ssm_vim.utils.generation import InferenceParams
 
 BIMAMBA_TYPES = ("none", "v1", "v2")
 
@@ -30,6 +33,7 @@ class Mamba(nn.Module):
         bimamba_type: "none" (forward only), "v1" (shared parameters but A), "v2" (own parameters per direction).
         if_divide_out: halve the sum of the two directions of "v2".
         init_layer_scale: initial value of a per-channel factor `gamma` of the output, or None for no factor.
+        if_devide_out: `if_divide_out` as some published code spells it.
 
     Raises:
         ValueError: unknown `bimamba_type` or `dt_init`.
@@ -56,8 +60,11 @@ class Mamba(nn.Module):
         bimamba_type: str | None = "none",
         if_divide_out: bool = False,
         init_layer_scale: float | None = None,
+        if_devide_out: bool | None = None,
     ) -> None:
         super().__init__()
+        if if_devide_out is not None:
+            if_divide_out = if_devide_out
         bimamba_type = bimamba_type or "none"
         if bimamba_type not in BIMAMBA_TYPES:
             raise ValueError(f"bimamba_type is {bimamba_type!r}, expected one of {', '.join(BIMAMBA_TYPES)}")
@@ -133,8 +140,20 @@ class Mamba(nn.Module):
         return [forward]
 
     @torch.jit.unused  # TorchScript takes the registered operators instead (vim.models.layers.Block)
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(B, L, D) → (B, L, D)."""
+    def forward(self, hidden_states: torch.Tensor, inference_params: InferenceParams | None = None) -> torch.Tensor:
+        """(B, L, D) → (B, L, D).
+
+        With `inference_params` the tokens continue those that this layer has seen in earlier calls (`seqlen_offset` of
+        0 starts anew), and the layer's states there are brought up to date.
+
+        Raises:
+            ValueError: inference parameters for a bidirectional mixer, one without `layer_idx`, or another batch size.
+        """
+        if inference_params is not None:
+            states = self._get_states_from_cache(
+                inference_params, hidden_states.shape[0], initialize_states=inference_params.seqlen_offset == 0
+            )
+            return self.step(hidden_states, *states)[0]
         scale = 0.5 if self.bimamba_type == "v2" and self.if_divide_out else 1.0
         out = F.linear(
             mixer(self.in_proj(hidden_states), self.directions(), scale=scale),
@@ -142,3 +161,76 @@ class Mamba(nn.Module):
             self.out_proj.bias,
         )
         return out if self.init_layer_scale is None else out * self.gamma
+
+    def step(
+        self, hidden_states: torch.Tensor, conv_state: torch.Tensor, ssm_state: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tokens (B, L, D), usually one, after those that the states stand for; the states are updated in place.
+
+        Args:
+            hidden_states: (B, L, D).
+            conv_state: (B, E, W), the last inputs of the convolution, oldest first; data, not differentiated.
+            ssm_state: (B, E, N), the state of the scan; data, not differentiated.
+
+        Returns:
+            out (B, L, D), conv_state, ssm_state.
+
+        Raises:
+            ValueError: the mixer is bidirectional.
+        """
+        self._require_one_direction()
+        p = self._direction("")
+        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
+        # In the dtype of in_proj's output whatever autocast says, as in the mixer.
+        with torch.autocast(x.device.type, enabled=False):
+            x = causal_conv1d_update(x.transpose(1, 2), conv_state, p.conv_weight, p.conv_bias, "silu").transpose(1, 2)
+            projected = F.linear(x, p.x_proj_weight.to(x.dtype))
+            low_rank, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+            y, last_state = selective_scan(
+                x, F.linear(low_rank, p.dt_proj_weight.to(x.dtype)), p.A, B.unsqueeze(2), C.unsqueeze(2), p.D, z,
+                p.dt_bias, delta_softplus=True, initial_state=ssm_state.detach().clone(), return_last_state=True,
+            )  # fmt: skip
+            with torch.no_grad():
+                ssm_state.copy_(last_state)
+        out = self.out_proj(y)
+        return out if self.init_layer_scale is None else out * self.gamma, conv_state, ssm_state
+
+    def allocate_inference_cache(
+        self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Zero states for `step`: conv_state (B, E, W) and ssm_state (B, E, N).
+
+        Their size does not depend on `max_seqlen`, which, like further keywords, is taken for the published signature.
+        Without `dtype` the convolution's state has its weight's and the scan's is float32.
+        """
+        self._require_one_direction()
+        weight = self.conv1d.weight
+        conv_state = weight.new_zeros(batch_size, self.d_inner, self.d_conv, dtype=dtype)
+        return conv_state, weight.new_zeros(batch_size, self.d_inner, self.d_state, dtype=dtype or torch.float32)
+
+    def _get_states_from_cache(
+        self, inference_params: InferenceParams, batch_size: int, initialize_states: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """This layer's states in the cache, made there if it has none; zeroed if `initialize_states`."""
+        if self.layer_idx is None:
+            raise ValueError("inference_params needs a layer_idx, which this Mamba was built without")
+        cache = inference_params.key_value_memory_dict
+        if self.layer_idx not in cache:
+            cache[self.layer_idx] = self.allocate_inference_cache(batch_size, inference_params.max_seqlen)
+        conv_state, ssm_state = cache[self.layer_idx]
+        if conv_state.shape[0] != batch_size:
+            raise ValueError(
+                f"the cache of layer {self.layer_idx} was made for a batch of {conv_state.shape[0]}, got {batch_size}: "
+                "start with new inference_params"
+            )
+        if initialize_states:
+            conv_state.zero_()
+            ssm_state.zero_()
+        return conv_state, ssm_state
+
+    def _require_one_direction(self) -> None:
+        if self.bimamba_type != "none":
+            raise ValueError(
+                f"a bidirectional mixer (bimamba_type {self.bimamba_type!r}) sees the whole sequence at once and "
+                "cannot go token by token: call it without inference_params, or build it with bimamba_type='none'"
+            )
