@@ -52,24 +52,25 @@ def use_backend(name: str | None) -> Iterator[None]:
         _forced.reset(token)
 
 
-def choose(op: str, names: Sequence[str], why_not: Callable[[str], str | None]) -> str:
+def choose(op: str, names: Sequence[str], why_not: Callable[[str], str | None], forced: str | None) -> str:
     """Name of the backend that serves a call of `op`.
 
     Args:
         op: name of the operator, for messages.
         names: the backends that implement `op`, in order of preference.
         why_not: of a backend's name gives None, or the reason why it cannot run.
+        forced: the name that `forced_backend` gives.
 
     Raises:
         BackendError: the forced backend declines.
     """
-    if (name := forced_backend()) is not None:
-        reason = why_not(name) if name in names else "it has no implementation of this operator"
+    if forced is not None:
+        reason = why_not(forced) if forced in names else "it has no implementation of this operator"
         if reason is not None:
             raise BackendError(
-                f"backend {name!r} is forced but cannot run {op}: {reason}; unset VIM_BACKEND to choose automatically"
+                f"backend {forced!r} is forced but cannot run {op}: {reason}; unset VIM_BACKEND to choose automatically"
             )
-        return name
+        return forced
     declined = []
     for name in names:
         reason = why_not(name)

@@ -42,5 +42,6 @@ class OpBackends:
     def pick(self, *args: torch.Tensor | None) -> str:
         """Name of the backend for a call with these tensors (the arguments of the modules' `why_not`)."""
         # Of small calls on a CPU the choice is a visible share, so a tensor there does not ask the GPU's backends.
-        names = self._without_gpu if args[0].is_cpu and forced_backend() is None else self._names
-        return choose(self.op, names, lambda name: self.module(name).why_not(*args))
+        forced = forced_backend()
+        names = self._without_gpu if forced is None and args[0].is_cpu else self._names
+        return choose(self.op, names, lambda name: self.module(name).why_not(*args), forced)

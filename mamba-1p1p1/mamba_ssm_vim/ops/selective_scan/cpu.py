@@ -115,7 +115,7 @@ def forward(
     last_state = torch.empty((batch, dim, states))
     saved = None
     if save:
-        groups = next((t.shape[2] for t in (B, C) if t.dim() == 4), 1)
+        groups = B.shape[2] if B.dim() == 4 else C.shape[2] if C.dim() == 4 else 1
         blocks = groups * -(-dim // groups // BLOCK)
         saved = torch.empty((batch, -(-seqlen // CHUNK), blocks, states, BLOCK))
     if last_state.numel():
