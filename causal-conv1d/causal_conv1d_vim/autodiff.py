@@ -32,6 +32,15 @@ def gradients(
     return tuple(None if t is None else next(found) for t in leaves)
 
 
+def recording(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd will want the gradient of a function of these tensors."""
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
+
+
 def forbid_double_backward(op: str) -> None:
     """Raise if a backward pass is itself being recorded; call it in an autograd function's backward.
 

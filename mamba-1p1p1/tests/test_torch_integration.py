@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from causal_conv1d_vim import causal_conv1d, causal_conv1d_fn, causal_conv1d_update
-from mamba_ssm_vim import Mamba, add_norm, selective_scan, selective_scan_fn, selective_state_update
+from causal_conv1d_vim import causal_conv1d, causal_conv1d_fn, causal_conv1d_ref, causal_conv1d_update
+from mamba_ssm_vim import Mamba, add_norm, selective_scan, selective_scan_fn, selective_scan_ref, selective_state_update
 
 OPS = torch.ops.vision_mamba
 DTYPES = [torch.float32, torch.bfloat16]
@@ -190,3 +190,10 @@ def test_second_derivatives_are_refused(randn):
     ):
         with pytest.raises(RuntimeError, match="no second derivative"):
             torch.autograd.grad(function().square().sum(), x, create_graph=True)
+
+
+def test_references_have_a_second_derivative(randn):
+    x, weight = randn(1, 3, 4).double().requires_grad_(), randn(3, 2).double()
+    A, delta = -randn(3, 2).abs().double(), randn(1, 3, 4).abs().double()
+    assert torch.autograd.gradgradcheck(lambda x: causal_conv1d_ref(x, weight, activation="silu"), (x,))
+    assert torch.autograd.gradgradcheck(lambda x: selective_scan_ref(x, delta, A, weight, weight, z=x), (x,))

@@ -2,7 +2,7 @@
 
 import torch
 
-from causal_conv1d_vim.autodiff import forbid_double_backward
+from causal_conv1d_vim.autodiff import forbid_double_backward, recording
 from causal_conv1d_vim.registry import OpBackends
 
 backends = OpBackends("causal_conv1d", "causal_conv1d_vim.conv")
@@ -116,6 +116,6 @@ def causal_conv1d(
     if torch.compiler.is_compiling():
         return torch.ops.vision_mamba.causal_conv1d(x, weight, bias, initial_state, activation is not None, reverse)
     backend = backends.module(backends.pick(x, weight))
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, initial_state)):
+    if recording(x, weight, bias, initial_state):
         return _CausalConv1d.apply(backend, x, weight, bias, initial_state, activation is not None, reverse)
     return backend.forward(x, weight, bias, initial_state, silu=activation is not None, reverse=reverse)

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import torch
 import torch.nn.functional as F
-from causal_conv1d_vim.autodiff import forbid_double_backward
+from causal_conv1d_vim.autodiff import forbid_double_backward, recording
 from causal_conv1d_vim.backend import forced_backend
 from causal_conv1d_vim.conv import causal_conv1d
 from causal_conv1d_vim.registry import OpBackends
@@ -125,7 +125,7 @@ def mixer(xz: torch.Tensor, directions: list[Direction], *, scale: float = 1.0) 
     """
     if (module := _fused(xz, directions)) is not None:
         tensors = [getattr(direction, name) for direction in directions for name in _FIELDS]
-        save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (xz, *tensors))
+        save = recording(xz, *tensors)
         with torch.autocast(xz.device.type, enabled=False):
             return _FusedMixer.apply(module, xz, scale, save, tuple(d.reverse for d in directions), *tensors)
     x, z = xz.chunk(2, dim=-1)

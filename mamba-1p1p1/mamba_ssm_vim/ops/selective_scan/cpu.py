@@ -21,7 +21,7 @@ _pack = struct.Struct("=14qd31q").pack
 _pack_grad = struct.Struct("=26q").pack
 
 _PARALLEL_FROM = 1 << 15  # state updates; fewer are done before a second thread has woken up
-_NONE = (0, 0, 0, 0)
+_NONE = (None, (0, 0, 0, 0))
 
 
 def why_not(u: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor) -> str | None:
@@ -35,24 +35,24 @@ def why_not(u: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor) 
     return native.why_not(library, u, A, B, C)
 
 
-def _tokens(t: torch.Tensor | None) -> tuple[int, int, int, int]:
-    """Pointer, dtype, batch stride and token stride of a (B, L, ...) tensor."""
+def _tokens(t: torch.Tensor | None) -> tuple[torch.Tensor | None, tuple[int, int, int, int]]:
+    """A (B, L, ...) tensor with adjacent channels, copied only if need be: pointer, dtype, batch and token stride."""
     if t is None:
         return _NONE
     strides = t.stride()
-    return t.data_ptr(), DTYPES[t.dtype], strides[0], strides[1]
+    if strides[-1] != 1:
+        t = rows(t)
+        strides = t.stride()
+    return t, (t.data_ptr(), DTYPES[t.dtype], strides[0], strides[1])
 
 
-def _projection(t: torch.Tensor) -> tuple[torch.Tensor, bool, int]:
-    """B or C as the kernel reads it, whether it is constant, and its group stride."""
+def _projection(t: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int, int], bool, int]:
+    """B or C as the kernel reads it: like `_tokens`, then whether it is constant, and its group stride."""
     if t.dim() == 2:
-        return plain(t), True, 0
-    t = rows(t)
-    return t, False, t.stride(2)
-
-
-def _constant(t: torch.Tensor) -> tuple[int, int, int, int]:
-    return t.data_ptr(), 0, 0, 0
+        t = plain(t)
+        return t, (t.data_ptr(), 0, 0, 0), True, 0
+    t, fields = _tokens(t)
+    return t, fields, False, t.stride(2)
 
 
 def _scan_args(
@@ -62,17 +62,16 @@ def _scan_args(
     """Bytes of a ScanArgs, and whatever must stay alive while the kernel runs."""
     batch, seqlen, dim = u.shape
     states = A.shape[1]
-    B, b_constant, b_group = _projection(B)
-    C, c_constant, c_group = _projection(C)
+    B, of_b, b_constant, b_group = _projection(B)
+    C, of_c, c_constant, c_group = _projection(C)
     groups = 1 if b_constant and c_constant else (C if b_constant else B).shape[2]
-    u, delta, z = rows(u), rows(delta), None if z is None else rows(z)
+    (u, of_u), (delta, of_delta), (z, of_z) = _tokens(u), _tokens(delta), _tokens(z)
     A, D, delta_bias, initial_state, dt_weight = map(plain, (A, D, delta_bias, initial_state, dt_weight))
     threads = torch.get_num_threads() if batch * seqlen * dim * states >= _PARALLEL_FROM else 1
     packed = _pack(
         batch, seqlen, dim, states, groups, 0 if dt_weight is None else dt_weight.shape[1],
         delta_softplus, reverse, accumulate, threads, b_constant, c_constant, b_group, c_group, out_scale,
-        *_tokens(u), *_tokens(delta), *_tokens(z),
-        *(_constant(B) if b_constant else _tokens(B)), *(_constant(C) if c_constant else _tokens(C)), *_tokens(out),
+        *of_u, *of_delta, *of_z, *of_b, *of_c, *_tokens(out)[1],
         A.data_ptr(), pointer(D), pointer(delta_bias), pointer(dt_weight), pointer(initial_state),
         pointer(last_state), pointer(saved),
     )  # fmt: skip
@@ -111,7 +110,7 @@ def forward(
     states = A.shape[1]
     out = accumulate_into
     if out is None:
-        out = torch.empty((batch, seqlen, dim), dtype=u.dtype if out_dtype is None else out_dtype)
+        out = u.new_empty((batch, seqlen, dim), dtype=out_dtype)
     last_state = torch.empty((batch, dim, states))
     saved = None
     if save:
@@ -232,7 +231,8 @@ def backward_into(
     _backward(
         packed
         + _pack_grad(
-            *_tokens(dout), *_tokens(du), *_tokens(ddelta), *_tokens(dz), accumulate_dz, pointer(dlast_state),
+            *_tokens(dout)[1], *_tokens(du)[1], *_tokens(ddelta)[1], *_tokens(dz)[1], accumulate_dz,
+            pointer(dlast_state),
             *(pointer(grads[k]) for k in ("dinitial_state", "dA", "dD", "dbias", "dB", "dC", "dx", "ddt_weight")),
         )
     )  # fmt: skip

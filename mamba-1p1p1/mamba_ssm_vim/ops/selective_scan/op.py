@@ -1,7 +1,7 @@
 """Selective scan as a torch operator: registration, autograd and the public token-major function."""
 
 import torch
-from causal_conv1d_vim.autodiff import forbid_double_backward
+from causal_conv1d_vim.autodiff import forbid_double_backward, recording
 from causal_conv1d_vim.registry import OpBackends
 
 backends = OpBackends("selective_scan", "mamba_ssm_vim.ops.selective_scan")
@@ -152,7 +152,7 @@ def selective_scan(
     else:
         backend = backends.module(backends.pick(u, A, B, C))
         tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        if recording(*tensors):
             out, last_state = _SelectiveScan.apply(backend, delta_softplus, reverse, *tensors)
         else:
             out, last_state, _ = backend.forward(*tensors, delta_softplus=delta_softplus, reverse=reverse)
