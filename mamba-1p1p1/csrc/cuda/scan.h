@@ -14,7 +14,7 @@ constexpr int kTile = 16;          // tokens per tile
 constexpr int kSideThreads = 64;   // forward scan: threads per direction in a block
 constexpr int kLanes = 4;          // forward scan: lanes that share a channel, and tokens that they take at a time
 #ifndef VIM_FORWARD_WARPS
-#define VIM_FORWARD_WARPS 24
+#define VIM_FORWARD_WARPS 16
 #endif
 constexpr int kForwardWarps = VIM_FORWARD_WARPS;  // that a multiprocessor is to hold: bounds the registers of a thread
 constexpr int kBackwardThreads = 256;
