@@ -10,8 +10,8 @@ from causal_conv1d_vim.cuda_library import DATA_TYPES, CudaLibrary, address, int
 library = CudaLibrary(
     causal_conv1d_vim.__path__,
     "libcausal_conv1d_cuda.so",
-    launchers=["vim_conv_forward", "vim_conv_backward"],
-    queries={"vim_conv_backward_workspace": [int64, int64, int64]},
+    launchers=["vim_conv_forward", "vim_conv_backward", "vim_conv_pair_forward", "vim_conv_pair_backward"],
+    queries={name: [int64, int64, int64] for name in ("vim_conv_backward_workspace", "vim_conv_pair_workspace")},
 )
 
 _POINTERS = (
@@ -28,6 +28,20 @@ class ConvArgs(ctypes.Structure):
         *((f"{name}_{axis}", int64) for name in _STRIDED for axis in ("batch", "token")),
         *((name, int64) for name in ("batch", "seqlen", "dim")),
         *((name, int32) for name in ("width", "type", "silu", "reverse", "accumulate_dx", "reserved")),
+    )
+
+
+class ConvPairArgs(ctypes.Structure):
+    """`vim::ConvPairArgs` of csrc/cuda/conv_pair.cu, field by field."""
+
+    _fields_ = (
+        ("x", pointer),
+        *((name, pointer * 2) for name in ("weight", "bias", "out", "dout")),
+        ("dx", pointer),
+        *((name, pointer * 2) for name in ("dweight", "dbias")),
+        ("workspace", pointer),
+        *((name, int64) for name in ("x_batch", "x_token", "dx_batch", "dx_token", "batch", "seqlen", "dim")),
+        *((name, int32) for name in ("width", "type")),
     )
 
 
@@ -118,4 +132,62 @@ def backward(
         dweight.to(weight.dtype),
         None if dbias is None else dbias.to(bias.dtype),
         None if dinitial is None else dinitial.to(initial_state.dtype),
+    )
+
+
+def _pair_arguments(x, weights, biases) -> tuple[ConvPairArgs, list]:
+    """The argument block of both directions, and the tensors that must outlive the launch call."""
+    if weights[0].shape != weights[1].shape or not 2 <= weights[0].shape[1] <= 4:
+        shapes = " and ".join(str(tuple(w.shape)) for w in weights)
+        raise ValueError(f"the weights are {shapes}; the CUDA kernels take two alike, 2 to 4 taps wide")
+    args = ConvPairArgs()
+    weights = [w.float().contiguous() for w in weights]
+    biases = [None if b is None else b.float().contiguous() for b in biases]
+    args.x, args.x_batch, args.x_token = x.data_ptr(), *x.stride()[:2]
+    for way in range(2):
+        args.weight[way], args.bias[way] = address(weights[way]), address(biases[way])
+    args.batch, args.seqlen, args.dim = x.shape
+    args.width, args.type = weights[0].shape[1], DATA_TYPES[x.dtype]
+    return args, [weights, biases]
+
+
+def forward_pair(x: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor | None]) -> torch.Tensor:
+    """Both convolutions of a bidirectional mixer with SiLU, in one launch.
+
+    Args:
+        x: (B, L, E), channels contiguous.
+        weights, biases: (E, W), and (E,) or None, of the convolution along the tokens and of the one against them.
+
+    Returns:
+        (2, B, L, E) in x's dtype.
+    """
+    out = torch.empty(2, *x.shape, dtype=x.dtype, device=x.device)
+    if x.numel():
+        args, _alive = _pair_arguments(x, weights, biases)
+        args.out[0], args.out[1] = out[0].data_ptr(), out[1].data_ptr()
+        library.launch("vim_conv_pair_forward", args, x)
+    return out
+
+
+def backward_pair(
+    douts: list[torch.Tensor],
+    x: torch.Tensor,
+    weights: list[torch.Tensor],
+    biases: list[torch.Tensor | None],
+    dx: torch.Tensor,
+) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+    """Gradients of the weights and biases; that of x (B, L, E), the sum of both ways, is written to `dx`."""
+    dweights = [torch.empty(w.shape, dtype=torch.float32, device=x.device) for w in weights]
+    dbiases = [None if b is None else torch.empty(b.shape, dtype=torch.float32, device=x.device) for b in biases]
+    args, _alive = _pair_arguments(x, weights, biases)
+    douts = [d.contiguous() for d in douts]
+    floats = library.query("vim_conv_pair_workspace", *x.shape)
+    workspace = torch.empty(floats, dtype=torch.float32, device=x.device)
+    args.workspace, args.dx, args.dx_batch, args.dx_token = address(workspace), dx.data_ptr(), *dx.stride()[:2]
+    for way in range(2):
+        args.dout[way], args.dweight[way], args.dbias[way] = map(address, (douts[way], dweights[way], dbiases[way]))
+    library.launch("vim_conv_pair_backward", args, x)
+    return (
+        [g.to(w.dtype) for g, w in zip(dweights, weights, strict=True)],
+        [None if g is None else g.to(b.dtype) for g, b in zip(dbiases, biases, strict=True)],
     )

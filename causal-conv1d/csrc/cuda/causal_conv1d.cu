@@ -3,7 +3,7 @@
 // A thread owns CPT neighbouring channels over kSegment tokens and keeps the last kWidth inputs in registers; widths 2 to 4
 // are padded to 4 with zero weights. Positions p count in scan order: token p, or seqlen - 1 - p from the far end.
 #include "../step.h"
-#include "platform.h"
+#include "reduce.h"
 
 namespace vim {
 
@@ -186,21 +186,14 @@ __global__ void __launch_bounds__(kConvThreads) conv_backward_kernel(const ConvA
     }
 }
 
-// dweight and dbias: rows of partial sums, eight interleaved runs of them in order, then the eight in order.
-__global__ void __launch_bounds__(256) conv_finish_kernel(const ConvArgs args) {
-    float* runs = reinterpret_cast<float*>(vim_shared_memory);
+// dweight and dbias: sums over rows of partial sums.
+__global__ void __launch_bounds__(kSumThreads) conv_finish_kernel(const ConvArgs args) {
     const int64_t rows = args.batch * ceil_div(args.seqlen, kSegment);
     const int64_t columns = (kWidth + 1) * args.dim;
-    const int tid = threadIdx.x;
-    const int64_t column = static_cast<int64_t>(blockIdx.x) * 32 + tid % 32;
-    float sum = 0.0f;
-    if (column < columns)
-        for (int64_t row = tid / 32; row < rows; row += 8) sum += args.workspace[row * columns + column];
-    runs[tid] = sum;
-    __syncthreads();
-    if (tid >= 32 || column >= columns) return;
-    sum = 0.0f;
-    for (int run = 0; run < 8; ++run) sum += runs[run * 32 + tid];
+    const int64_t column = static_cast<int64_t>(blockIdx.x) * kSumColumns + threadIdx.x % kSumColumns;
+    const bool live = column < columns;
+    const float sum = sum_rows(args.workspace + column, rows, columns, live);
+    if (threadIdx.x >= kSumColumns || !live) return;
     const int tap = static_cast<int>(column / args.dim);
     const int64_t channel = column % args.dim;
     const int real = tap - (kWidth - args.width);
@@ -218,8 +211,8 @@ int launch_conv(const ConvArgs& args, bool backward, void* stream) {
     if (!backward) return launch(conv_forward_kernel<T, CPT>, grid, kConvThreads, 0, stream, args);
     const int status = launch(conv_backward_kernel<T, CPT>, grid, kConvThreads, 0, stream, args);
     if (status != kOk) return status;
-    const dim3 finish_grid(static_cast<unsigned>(ceil_div((kWidth + 1) * args.dim, 32)));
-    return launch(conv_finish_kernel, finish_grid, 256, 256 * sizeof(float), stream, args);
+    const dim3 finish_grid(static_cast<unsigned>(ceil_div((kWidth + 1) * args.dim, kSumColumns)));
+    return launch(conv_finish_kernel, finish_grid, kSumThreads, kSumThreads * sizeof(float), stream, args);
 }
 
 bool even_rows(const void* data, int64_t batch_stride, int64_t token_stride, int64_t element_size) {

@@ -9,7 +9,8 @@ import pytest
 import torch
 from causal_conv1d_vim.conv import cuda, reference
 
-SOURCE = Path(__file__).resolve().parents[2] / "csrc" / "cuda" / "causal_conv1d.cu"
+CSRC = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
+SOURCES = [str(CSRC / name) for name in ("causal_conv1d.cu", "conv_pair.cu")]
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +21,7 @@ def emulated(tmp_path_factory):
         pytest.skip("no C++ compiler")
     path = tmp_path_factory.mktemp("cuda") / "libconv.so"
     command = [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", '-DVIM_CUDA_ARCHITECTURES="90"', "-x", "c++"]
-    subprocess.run([*command, str(SOURCE), "-o", str(path)], check=True)
+    subprocess.run([*command, *SOURCES, "-o", str(path)], check=True)
     library = cuda.library
     with pytest.MonkeyPatch.context() as patch:
         for name in ("_library", "_reason", "_architectures", "_checked"):
@@ -92,6 +93,43 @@ def test_thread_order_does_not_matter(emulated, monkeypatch):
     assert torch.equal(first[1], second[1])
 
 
+@pytest.mark.parametrize(
+    ("batch", "seqlen", "dim", "width", "dtype"),
+    [
+        (2, 67, 10, 4, torch.float32),  # three runs forward, two backward
+        (1, 2, 7, 4, torch.float32),  # shorter than the window, an odd number of channels
+        (2, 130, 258, 3, torch.bfloat16),
+        (1, 33, 6, 2, torch.float16),
+    ],
+)
+def test_both_ways_in_one_launch(emulated, batch, seqlen, dim, width, dtype):
+    torch.manual_seed(4)
+    x = torch.randn(batch, seqlen, 2 * dim).to(dtype)[..., dim:]
+    weights, biases = [torch.randn(dim, width) for _ in range(2)], [torch.randn(dim), None]
+    douts = [torch.randn(batch, seqlen, dim).to(dtype) for _ in range(2)]
+    out = emulated.forward_pair(x, weights, biases)
+    dx = torch.full((batch, seqlen, dim), float("nan")).to(dtype)
+    dweights, dbiases = emulated.backward_pair(douts, x, weights, biases, dx)
+    total = 0
+    for way in range(2):
+        flags = {"silu": True, "reverse": way == 1}
+        wide = [None if t is None else t.double() for t in (x, weights[way], biases[way], None)]
+        close(out[way], reference.forward(*wide, **flags), dtype)
+        part, dweight, dbias, _ = reference.backward(douts[way].double(), *wide, **flags)
+        total = total + part
+        close(dweights[way], dweight, torch.float32)
+        assert (dbiases[way] is None) == (dbias is None)
+        if dbias is not None:
+            close(dbiases[way], dbias, torch.float32)
+    close(dx, total, dtype)
+
+
+def test_both_ways_take_filters_alike(emulated):
+    x = torch.zeros(1, 2, 3)
+    with pytest.raises(ValueError, match="two alike"):
+        emulated.forward_pair(x, [torch.zeros(3, 4), torch.zeros(3, 2)], [None, None])
+
+
 def test_declines_the_cpu_and_wide_windows():
     x = torch.zeros(1, 2, 3)
     assert "not on a CUDA device" in cuda.why_not(x)
@@ -101,11 +139,12 @@ def test_declines_the_cpu_and_wide_windows():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["80", "90", "100"])
-def test_nvcc_compiles(architecture, tmp_path):
+@pytest.mark.parametrize("source", SOURCES)
+def test_nvcc_compiles(source, architecture, tmp_path):
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("nvcc is not on the PATH: the CUDA source was not compiled for any GPU")
-    command = [nvcc, f"-arch=sm_{architecture}", "-std=c++17", "-O3", "--resource-usage", "-c", str(SOURCE)]
+    command = [nvcc, f"-arch=sm_{architecture}", "-std=c++17", "-O3", "--resource-usage", "-c", source]
     report = subprocess.run([*command, "-o", str(tmp_path / "conv.o")], check=True, capture_output=True, text=True)
     assert "spill stores" in report.stderr
     assert all("0 bytes spill stores" in line for line in report.stderr.splitlines() if "spill stores" in line)

@@ -5,7 +5,7 @@
 // state on entering tile j in the direction of the scan.
 #pragma once
 
-#include "../../../causal-conv1d/csrc/cuda/platform.h"
+#include "../../../causal-conv1d/csrc/cuda/reduce.h"
 #include "../../../causal-conv1d/csrc/step.h"
 
 namespace vim {

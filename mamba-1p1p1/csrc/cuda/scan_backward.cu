@@ -307,18 +307,18 @@ __global__ void __launch_bounds__(256) finish_bc_kernel(const ScanBackwardArgs a
     target[index / (2 * states) * args.dbc_token + group * args.dbc_group + n] = from_float<T>(sum);
 }
 
-// dA, dD and ddelta_bias: sums over the batch, in order.
-__global__ void __launch_bounds__(256) finish_parameters_kernel(const ScanBackwardArgs args) {
+// dA, dD and ddelta_bias: sums over the batch.
+__global__ void __launch_bounds__(kSumThreads) finish_parameters_kernel(const ScanBackwardArgs args) {
     const BackwardPlan plan = backward_plan(args.batch, args.seqlen, args.dim, args.dstate, args.groups);
-    const int64_t index = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
+    const int64_t index = static_cast<int64_t>(blockIdx.x) * kSumColumns + threadIdx.x % kSumColumns;
     const int64_t matrix = args.dim * args.dstate;
-    if (index >= matrix + 2 * args.dim) return;
+    const bool live = index < matrix + 2 * args.dim;
     const bool in_matrix = index < matrix;
     const int64_t stride = in_matrix ? matrix : 2 * args.dim;
     const int64_t place = in_matrix ? index : index - matrix;
     const float* partial = args.workspace + plan.bc_floats + (in_matrix ? 0 : plan.dA_floats) + place;
-    float sum = 0.0f;
-    for (int64_t batch = 0; batch < args.batch; ++batch) sum += partial[batch * stride];
+    const float sum = sum_rows(partial, args.batch, stride, live);
+    if (threadIdx.x >= kSumColumns || !live) return;
     float* target = in_matrix ? args.dA : place < args.dim ? args.dD : args.ddelta_bias;
     if (target != nullptr) target[!in_matrix && place >= args.dim ? place - args.dim : place] = sum;
 }
@@ -334,8 +334,8 @@ int launch_backward(const ScanBackwardArgs& args, void* stream) {
                        static_cast<unsigned>(args.groups));
     status = launch(finish_bc_kernel<T>, bc_grid, 256, 0, stream, args);
     if (status != kOk) return status;
-    const dim3 parameter_grid(static_cast<unsigned>(ceil_div(args.dim * (args.dstate + 2), 256)));
-    return launch(finish_parameters_kernel, parameter_grid, 256, 0, stream, args);
+    const dim3 parameter_grid(static_cast<unsigned>(ceil_div(args.dim * (args.dstate + 2), kSumColumns)));
+    return launch(finish_parameters_kernel, parameter_grid, kSumThreads, kSumThreads * sizeof(float), stream, args);
 }
 
 template <typename T>

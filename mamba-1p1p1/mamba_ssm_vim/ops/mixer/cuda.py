@@ -29,11 +29,38 @@ def why_not(xz: torch.Tensor, directions: list) -> str | None:
             return f"the convolution's width is {direction.conv_weight.shape[1]}, not 2 to 4"
     if len({direction.A.shape[1] for direction in directions}) != 1:
         return "the directions have different numbers of states"
+    if len({direction.conv_weight.shape[1] for direction in directions}) != 1:
+        return "the directions have convolutions of different widths"
     return None
 
 
-def _convolved(x: torch.Tensor, direction) -> torch.Tensor:
-    return conv.forward(x, direction.conv_weight, direction.conv_bias, None, silu=True, reverse=direction.reverse)
+def _by_way(directions: list) -> list:
+    """The directions in the order of the kernels for two: along the tokens, then against them."""
+    return sorted(directions, key=lambda direction: direction.reverse)
+
+
+def _convolved(x: torch.Tensor, directions: list) -> list[torch.Tensor]:
+    """SiLU of each direction's convolution of x (B, L, E); two directions share a launch."""
+    if len(directions) == 1:
+        (one,) = directions
+        return [conv.forward(x, one.conv_weight, one.conv_bias, None, silu=True, reverse=one.reverse)]
+    ways = _by_way(directions)
+    both = conv.forward_pair(x, [w.conv_weight for w in ways], [w.conv_bias for w in ways])
+    return [both[int(direction.reverse)] for direction in directions]
+
+
+def _convolution_gradients(dus: list[torch.Tensor], x: torch.Tensor, directions: list, dx: torch.Tensor) -> list[dict]:
+    """Gradients of each direction's filter and bias; that of x goes to `dx`."""
+    if len(directions) == 1:
+        (one,) = directions
+        _, dweight, dbias, _ = conv.backward(
+            dus[0], x, one.conv_weight, one.conv_bias, None, silu=True, reverse=one.reverse, dx_into=dx
+        )
+        return [{"conv_weight": dweight, "conv_bias": dbias}]
+    ways = _by_way(directions)
+    by_way = [du for _, du in sorted(zip((d.reverse for d in directions), dus, strict=True), key=lambda pair: pair[0])]
+    dweights, dbiases = conv.backward_pair(by_way, x, [w.conv_weight for w in ways], [w.conv_bias for w in ways], dx)
+    return [{"conv_weight": dweights[int(d.reverse)], "conv_bias": dbiases[int(d.reverse)]} for d in directions]
 
 
 def _step(low_rank: torch.Tensor, direction) -> torch.Tensor:
@@ -56,8 +83,7 @@ def forward(xz: torch.Tensor, directions: list, *, scale: float, save: bool) -> 
     if xz.numel() == 0:
         return out, []
     sides, kept = [], []
-    for direction in directions:
-        u = _convolved(x, direction)
+    for direction, u in zip(directions, _convolved(x, directions), strict=True):
         low_rank = F.linear(u, direction.x_proj_weight.to(xz.dtype))
         B, C = _states_in_out(low_rank, direction)
         sides.append({
@@ -83,11 +109,11 @@ def backward(
     dxz = torch.empty(xz.shape, dtype=xz.dtype, device=xz.device)
     dx, dz = dxz.chunk(2, dim=-1)
     dout = dout.to(xz.dtype)
-    grads = []
-    for index, direction in enumerate(directions):
+    grads, dus = [], []
+    for index, (direction, u) in enumerate(zip(directions, _convolved(x, directions), strict=True)):
         low_rank, boundaries = saved[index], saved[len(directions) + index]
         rank = direction.dt_proj_weight.shape[1]
-        u, delta = _convolved(x, direction), _step(low_rank, direction)
+        delta = _step(low_rank, direction)
         B, C = _states_in_out(low_rank, direction)
         dlow_rank = torch.empty_like(low_rank)
         du, ddelta, dA, _, _, dD, _, dbias, _ = scan.backward(
@@ -100,13 +126,11 @@ def backward(
         dlow2[:, :rank] = ddelta2 @ dt_weight
         ddt_weight = ddelta2.t() @ low2[:, :rank]
         dx_weight = dlow2.t() @ u2
-        du2 = du.flatten(0, 1).addmm_(dlow2, x_weight)
-        _, dconv, dconv_bias, _ = conv.backward(
-            du2.view(u.shape), x, direction.conv_weight, direction.conv_bias, None,
-            silu=True, reverse=direction.reverse, dx_into=dx, accumulate=index > 0,
-        )  # fmt: skip
+        du.flatten(0, 1).addmm_(dlow2, x_weight)
+        dus.append(du)
         grads.append({
-            "conv_weight": dconv, "conv_bias": dconv_bias, "x_proj_weight": dx_weight, "dt_proj_weight": ddt_weight,
-            "dt_bias": dbias, "A": dA, "D": dD,
+            "x_proj_weight": dx_weight, "dt_proj_weight": ddt_weight, "dt_bias": dbias, "A": dA, "D": dD,
         })  # fmt: skip
+    for named, more in zip(grads, _convolution_gradients(dus, x, directions, dx), strict=True):
+        named.update(more)
     return dxz, grads
