@@ -24,46 +24,92 @@ void load_weights(float *to, const ConvArgs &a, int64_t first, int64_t count) {
 
 VIM_INLINE int64_t memory_token(const ConvArgs &a, int64_t i) { return a.reverse ? a.len - 1 - i : i; }
 
-// Token i in scan order, which may lie before the first.
-void load_input(float *to, const ConvArgs &a, int64_t item, int64_t i, int64_t first, int64_t count) {
+// Channels [first, first + count) of token i in scan order, which may lie before the first token, as floats with whole
+// vectors readable: the tensor itself if it is float32 and `count` a multiple of LANES, else a copy in `spare`.
+const float *input_row(float *spare, const ConvArgs &a, int64_t item, int64_t i, int64_t first, int64_t count) {
   if (i >= 0) {
     const int64_t at = item * a.x_batch_stride + memory_token(a, i) * a.x_token_stride + first;
-    load_row(to, a.x + at * size_of(a.x_dtype), a.x_dtype, count);
+    if (a.x_dtype == F32 && count % LANES == 0)
+      return (const float *)a.x + at;
+    load_row(spare, a.x + at * size_of(a.x_dtype), a.x_dtype, count);
   } else if (a.initial) {
-    load_row(to, (const char *)(a.initial + (item * (a.width - 1) + i + a.width - 1) * a.dim + first), F32, count);
+    load_row(spare, (const char *)(a.initial + (item * (a.width - 1) + i + a.width - 1) * a.dim + first), F32, count);
   } else {
-    memset(to, 0, (size_t)padded(count) * 4);
+    memset(spare, 0, (size_t)padded(count) * 4);
   }
+  return spare;
 }
 
-void forward_task(const void *args, int64_t task, int64_t) {
+// The last `w` rows met: row i at [i mod w].
+struct Window {
+  const float *rows[MAX_WIDTH];
+  float *copies;
+  int64_t w, wide;
+
+  VIM_INLINE void meet(const ConvArgs &a, int64_t item, int64_t i, int64_t first, int64_t count) {
+    const int64_t slot = (i + w) % w;
+    rows[slot] = input_row(copies + slot * wide, a, item, i, first, count);
+  }
+  // tap[0] is the oldest of the window that ends in row i.
+  VIM_INLINE void taps(const float **tap, int64_t i) const {
+    for (int64_t k = 0; k < w; ++k)
+      tap[k] = rows[(i + 1 + k) % w];
+  }
+};
+
+template <int WIDTH>
+VIM_INLINE vf convolve(const float *const *tap, const float *weights, const float *bias, int64_t wide, int64_t c,
+                       int64_t width) {
+  const int64_t w = WIDTH ? WIDTH : width;
+  vf r = load(bias + c);
+#pragma GCC unroll 4
+  for (int64_t k = 0; k < w; ++k)
+    r += load(weights + k * wide + c) * load(tap[k] + c);
+  return r;
+}
+
+// WIDTH: the convolution's width if known when compiling, or 0.
+template <int WIDTH> void forward_task(const void *args, int64_t task, int64_t) {
   const ConvArgs &a = *(const ConvArgs *)args;
   const int64_t chunks = (a.len + TOKENS - 1) / TOKENS, item = task / chunks, start = task % chunks * TOKENS;
-  const int64_t stop = min_of(start + TOKENS, a.len), wide = padded(a.dim), w = a.width;
-  float *weights = (float *)vim::scratch(0, (size_t)((2 * MAX_WIDTH + 2) * wide) * 4);
-  float *ring = weights + (w + 1) * wide, *result = ring + w * wide;
+  const int64_t stop = min_of(start + TOKENS, a.len), wide = padded(a.dim), w = WIDTH ? WIDTH : a.width;
+  float *weights = (float *)vim::scratch(0, (size_t)((2 * w + 1) * wide) * 4);
   load_weights(weights, a, 0, a.dim);
   const float *bias = weights + w * wide;
+  Window window{{}, weights + (w + 1) * wide, w, wide};
   for (int64_t i = start - (w - 1); i < start; ++i)
-    load_input(ring + (i + w) % w * wide, a, item, i, 0, a.dim);
+    window.meet(a, item, i, 0, a.dim);
+  const int64_t whole = a.dim / LANES * LANES;
   for (int64_t i = start; i < stop; ++i) {
-    load_input(ring + (i + w) % w * wide, a, item, i, 0, a.dim);
+    window.meet(a, item, i, 0, a.dim);
     const float *tap[MAX_WIDTH];
-    for (int64_t k = 0; k < w; ++k)
-      tap[k] = ring + (i + 1 + k) % w * wide;  // k = 0 is the oldest of the window
-    for (int64_t c = 0; c < wide; c += LANES) {
-      vf r = load(bias + c);
-      for (int64_t k = 0; k < w; ++k)
-        r += load(weights + k * wide + c) * load(tap[k] + c);
-      store(result + c, a.silu ? silu(r) : r);
-    }
+    window.taps(tap, i);
     const int64_t at = item * a.out_batch_stride + memory_token(a, i) * a.out_token_stride;
-    store_row(a.out + at * size_of(a.out_dtype), a.out_dtype, result, a.dim);
+    char *out = a.out + at * size_of(a.out_dtype);
+    const int64_t ahead = min_of(i + 2, a.len - 1);  // rows lie apart, which hardware prefetchers do not follow
+    const char *next = a.x + (item * a.x_batch_stride + memory_token(a, ahead) * a.x_token_stride) * size_of(a.x_dtype);
+    const auto result = [&](int64_t c) __attribute__((always_inline)) {
+      __builtin_prefetch(next + c * size_of(a.x_dtype), 0, 3);
+      const vf r = convolve<WIDTH>(tap, weights, bias, wide, c, w);
+      return a.silu ? silu(r) : r;
+    };
+    if (a.out_dtype == F32)
+      for (int64_t c = 0; c < whole; c += LANES)
+        store((float *)out + c, result(c));
+    else
+      for (int64_t c = 0; c < whole; c += LANES)
+        store_as(out + c * 2, a.out_dtype, result(c));
+    if (whole < a.dim)
+      store_part(out + whole * size_of(a.out_dtype), a.out_dtype, result(whole), a.dim - whole);
   }
 }
 
 void forward(const ConvArgs *a) {
-  vim::parallel(a->batch * ((a->len + TOKENS - 1) / TOKENS), a->threads, forward_task, a);
+  const vim::Task task = a->width == 4   ? forward_task<4>
+                         : a->width == 3 ? forward_task<3>
+                         : a->width == 2 ? forward_task<2>
+                                         : forward_task<0>;
+  vim::parallel(a->batch * ((a->len + TOKENS - 1) / TOKENS), a->threads, task, a);
 }
 
 struct BackwardCall {
@@ -73,40 +119,50 @@ struct BackwardCall {
 };
 
 // The output's gradient times SiLU's slope at the recomputed convolution is the gradient `g` of the convolution itself;
-// token i of it reaches the inputs i - (W - 1) .. i. A ring of W rows of x and of g is all that is kept.
-void backward_task(const void *args, int64_t task, int64_t) {
+// token i of it reaches the inputs i - (W - 1) .. i. The last W rows of x and of g are all that is kept.
+template <int WIDTH> void backward_task(const void *args, int64_t task, int64_t) {
   const BackwardCall &call = *(const BackwardCall *)args;
   const ConvArgs &a = call.a;
   const int64_t item = task / call.slabs, first = task % call.slabs * CHANNELS;
-  const int64_t count = min_of(CHANNELS, a.dim - first), wide = padded(count), w = a.width;
-  float *weights = (float *)vim::scratch(0, (size_t)((4 * MAX_WIDTH + 5) * wide) * 4);
-  float *ring = weights + (w + 1) * wide, *ring_g = ring + w * wide, *sums = ring_g + w * wide,
-        *dx = sums + (w + 1) * wide, *earlier = dx + wide;
+  const int64_t count = min_of(CHANNELS, a.dim - first), wide = padded(count), w = WIDTH ? WIDTH : a.width;
+  float *weights = (float *)vim::scratch(0, (size_t)((4 * w + 5) * wide) * 4);
+  float *copies = weights + (w + 1) * wide, *ring_g = copies + w * wide, *sums = ring_g + w * wide,
+        *dout_copy = sums + (w + 1) * wide, *dx_copy = dout_copy + wide, *earlier = dx_copy + wide;
   load_weights(weights, a, first, count);
   const float *bias = weights + w * wide;
   memset(ring_g, 0, (size_t)(w * wide) * 4);
   memset(sums, 0, (size_t)((w + 1) * wide) * 4);
+  Window window{{}, copies, w, wide};
   for (int64_t i = -(w - 1); i < 0; ++i)
-    load_input(ring + (i + w) % w * wide, a, item, i, first, count);
+    window.meet(a, item, i, first, count);
   for (int64_t i = 0; i < a.len + w - 1; ++i) {
     float *g = ring_g + i % w * wide;
+    const int64_t ahead = memory_token(a, min_of(i + 8, a.len - 1));
+    for (int64_t c = 0; c < count; c += 16) {
+      __builtin_prefetch(a.x + (item * a.x_batch_stride + ahead * a.x_token_stride + first + c) * size_of(a.x_dtype));
+      __builtin_prefetch(a.out + (item * a.out_batch_stride + ahead * a.out_token_stride + first + c) *
+                                     size_of(a.out_dtype));
+      __builtin_prefetch(a.dx + (item * a.dx_batch_stride + ahead * a.dx_token_stride + first + c) *
+                                    size_of(a.dx_dtype));
+    }
     if (i < a.len) {
-      load_input(ring + i % w * wide, a, item, i, first, count);
-      const int64_t at = item * a.out_batch_stride + memory_token(a, i) * a.out_token_stride + first;
-      load_row(g, a.out + at * size_of(a.out_dtype), a.out_dtype, count);
+      window.meet(a, item, i, first, count);
       const float *tap[MAX_WIDTH];
-      for (int64_t k = 0; k < w; ++k)
-        tap[k] = ring + (i + 1 + k) % w * wide;
+      window.taps(tap, i);
+      const int64_t at = item * a.out_batch_stride + memory_token(a, i) * a.out_token_stride + first;
+      const float *dout = (const float *)a.out + at;
+      if (a.out_dtype != F32 || count % LANES) {
+        load_row(dout_copy, a.out + at * size_of(a.out_dtype), a.out_dtype, count);
+        dout = dout_copy;
+      }
       for (int64_t c = 0; c < wide; c += LANES) {
-        vf d = load(g + c);
+        vf d = load(dout + c);
         if (a.silu) {
-          vf r = load(bias + c);
-          for (int64_t k = 0; k < w; ++k)
-            r += load(weights + k * wide + c) * load(tap[k] + c);
-          const vf sig = sigmoid(r);
+          const vf r = convolve<WIDTH>(tap, weights, bias, wide, c, w), sig = sigmoid(r);
           d *= sig * (1.0f + r * (1.0f - sig));
-          store(g + c, d);
         }
+        store(g + c, d);
+#pragma GCC unroll 4
         for (int64_t k = 0; k < w; ++k)
           store(sums + k * wide + c, load(sums + k * wide + c) + d * load(tap[k] + c));
         store(sums + w * wide + c, load(sums + w * wide + c) + d);
@@ -117,24 +173,27 @@ void backward_task(const void *args, int64_t task, int64_t) {
     const int64_t j = i - (w - 1);  // this input has now met all its outputs
     if (j < 0 && !a.dinitial)
       continue;
+    const float *rows_g[MAX_WIDTH];
+    for (int64_t k = 0; k < w; ++k)  // output j + w - 1 - k saw input j at tap k
+      rows_g[k] = ring_g + (j + 2 * w - 1 - k) % w * wide;
+    char *to = j < 0 ? (char *)(a.dinitial + (item * (w - 1) + j + w - 1) * a.dim + first)
+                     : a.dx + (item * a.dx_batch_stride + memory_token(a, j) * a.dx_token_stride + first) *
+                                  size_of(a.dx_dtype);
+    const int64_t dtype = j < 0 ? (int64_t)F32 : a.dx_dtype;
+    const bool direct = dtype == F32 && count % LANES == 0, add = j >= 0 && a.accumulate_dx;
+    float *dx = direct ? (float *)to : dx_copy;
+    const float *before = direct ? dx : earlier;
+    if (add && !direct)
+      load_row(earlier, to, dtype, count);
     for (int64_t c = 0; c < wide; c += LANES) {
-      vf r = {};
-      for (int64_t k = 0; k < w; ++k)  // output j + w - 1 - k saw input j at tap k
-        r += load(weights + k * wide + c) * load(ring_g + (j + 2 * w - 1 - k) % w * wide + c);
+      vf r = add ? load(before + c) : vf{};
+#pragma GCC unroll 4
+      for (int64_t k = 0; k < w; ++k)
+        r += load(weights + k * wide + c) * load(rows_g[k] + c);
       store(dx + c, r);
     }
-    if (j < 0) {
-      store_row((char *)(a.dinitial + (item * (w - 1) + j + w - 1) * a.dim + first), F32, dx, count);
-      continue;
-    }
-    const int64_t at = item * a.dx_batch_stride + memory_token(a, j) * a.dx_token_stride + first;
-    char *to = a.dx + at * size_of(a.dx_dtype);
-    if (a.accumulate_dx) {
-      load_row(earlier, to, a.dx_dtype, count);
-      for (int64_t c = 0; c < wide; c += LANES)
-        store(dx + c, load(dx + c) + load(earlier + c));
-    }
-    store_row(to, a.dx_dtype, dx, count);
+    if (!direct)
+      store_row(to, dtype, dx, count);
   }
   for (int64_t k = 0; k <= w; ++k)
     memcpy(call.items + (item * (w + 1) + k) * a.dim + first, sums + k * wide, (size_t)count * 4);
@@ -147,7 +206,11 @@ void backward(const ConvArgs *args) {
   call.items = (float *)vim::scratch(1, (size_t)(max_of(a.batch, 1) * rows * a.dim) * 4);
   if (a.batch == 0)
     memset(call.items, 0, (size_t)(rows * a.dim) * 4);
-  vim::parallel(a.batch * call.slabs, a.threads, backward_task, &call);
+  const vim::Task task = a.width == 4   ? backward_task<4>
+                         : a.width == 3 ? backward_task<3>
+                         : a.width == 2 ? backward_task<2>
+                                        : backward_task<0>;
+  vim::parallel(a.batch * call.slabs, a.threads, task, &call);
   float *total = call.items;
   for (int64_t item = 1; item < a.batch; ++item)
     for (int64_t i = 0; i < rows * a.dim; ++i)
