@@ -14,18 +14,23 @@ constexpr int64_t TILE = SCAN_CHUNK * BLOCK;
 constexpr int64_t MOST_STATES = 16, KEPT_STATES = 8;
 
 // How the channels are cut into blocks (of one group each) and the blocks into slabs, one slab being one task. The
-// slabs of a backward pass depend on the shapes only, so that its sums have one order whatever the threads.
+// slabs of a backward pass depend on the shapes only, so that its sums have one order whatever the threads; a forward pass
+// has no sums across channels and takes as few as keep every thread busy, because each slab converts B and C anew.
 struct Cut {
   int64_t group_dim, blocks, slabs, slab_blocks, chunks;
 
-  Cut(const ScanArgs &a, bool many) {
+  Cut(const ScanArgs &a, bool forward) {
     group_dim = a.dim / a.groups;
     blocks = (group_dim + BLOCK - 1) / BLOCK;
-    slabs = (blocks + 7) / 8;
-    slabs = blocks > 1 ? (slabs + 1) / 2 * 2 : 1;
-    if (many)  // without sums across channels, as many tasks as keep every thread busy
-      while (slabs < blocks && slabs * a.groups * a.batch < 2 * a.threads)
+    slabs = 1;
+    if (forward)
+      while (a.threads > 1 && slabs < blocks && slabs * a.groups * a.batch < 2 * a.threads)
         slabs = min_of(blocks, slabs * 2);
+    else if (blocks > 1) {
+      slabs = ((blocks + 7) / 8 + 1) / 2 * 2;
+      while (slabs > 1 && slabs / 2 * a.groups * a.batch >= 16)
+        slabs /= 2;
+    }
     slab_blocks = max_of(1, (blocks + slabs - 1) / slabs);
     slabs = (blocks + slab_blocks - 1) / slab_blocks;
     chunks = (a.len + SCAN_CHUNK - 1) / SCAN_CHUNK;
