@@ -71,6 +71,17 @@ def test_torchscript_trains() -> None:
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-4)
 
 
+def test_torchscript_trace() -> None:
+    torch.manual_seed(0)
+    model = small("vim_nano_patch4_32")
+    x = images(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript's end, and Python values in the checks of the image size
+        traced = torch.jit.trace(model, x, check_trace=False)
+    other = torch.randn(3, 3, 32, 32)
+    torch.testing.assert_close(traced(other), model(other), **CLOSE)
+
+
 def test_torchscript_of_feature_maps() -> None:
     torch.manual_seed(0)
     model = timm.create_model("vim_nano_patch4_32", dynamic_img_size=True).eval()
@@ -117,6 +128,7 @@ def test_shapes_on_the_meta_device(name: str) -> None:
     assert model.forward_features(x).shape == (2, model.pos_embed.shape[1], model.num_features)
 
 
+@pytest.mark.slow
 def test_compile_and_export() -> None:
     torch.manual_seed(0)
     model = timm.create_model("vim_nano_patch4_32").eval()

@@ -12,6 +12,7 @@ from mamba_ssm_vim import Mamba, RMSNorm, add_norm
 from timm.layers import DropPath, to_2tuple
 from timm.models import register_notrace_function, register_notrace_module
 from torch import nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
 def checked_size(name: str, value: Any, least: Sequence[int] = (1, 1)) -> tuple[int, int]:
@@ -78,6 +79,16 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
+@torch.jit.unused
+def operators_are_watched(x: torch.Tensor) -> bool:
+    """Whether somebody needs to see registered operators, which eager calls bypass for speed.
+
+    The meta device computes shapes with them, `torch.jit.trace` records them, and a dispatch mode (FLOP counter, fake
+    tensors) counts or replaces them.
+    """
+    return x.is_meta or torch.jit.is_tracing() or (not torch.compiler.is_compiling() and is_in_torch_dispatch_mode())
+
+
 @register_notrace_function
 def residual_norm(
     hidden: torch.Tensor,
@@ -100,7 +111,7 @@ def residual_norm(
     dtype = hidden.dtype if residual is None else residual.dtype
     if residual_in_fp32:
         dtype = torch.promote_types(dtype, torch.float32)
-    if torch.jit.is_scripting() or hidden.is_meta:
+    if torch.jit.is_scripting() or operators_are_watched(hidden):
         normed = torch.ops.vision_mamba.add_norm(hidden, residual, weight, bias, eps, rms, dtype)
         return normed[0], normed[1]
     else:
@@ -124,13 +135,13 @@ class Block(nn.Module):
         hidden, stream = residual_norm(
             hidden, residual, self.norm.weight, self.norm.bias, self.norm.eps, self.rms, self.residual_in_fp32
         )
-        if torch.jit.is_scripting() or hidden.is_meta:
+        if torch.jit.is_scripting() or operators_are_watched(hidden):
             return self._mixer_of_operators(hidden), stream
         else:
             return self.mixer(hidden), stream
 
     def _mixer_of_operators(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`Mamba.forward` from registered operators only: what TorchScript can call, and what has shapes on "meta"."""
+        """`Mamba.forward` from registered operators only."""
         m = self.mixer
         x, z = m.in_proj(hidden).chunk(2, dim=-1)
         out = _scripted_direction(
