@@ -5,8 +5,7 @@ import timm
 import torch
 
 import vim
-from vim.models import load_into
-from vim.models.pos_embed import class_positions, resample_pos_embed, split_class_tokens
+from vim.models.pos_embed import class_positions, split_class_tokens
 
 # FACTS of the paper and the published files.
 PARAMETERS = {
@@ -102,68 +101,3 @@ def test_rotary_model_at_another_grid():
     expected = model(x)
     model.set_input_size((16, 40))
     torch.testing.assert_close(model(x), expected)
-
-
-@pytest.mark.parametrize("class_token", ["none", "head", "middle", "double"])
-def test_class_rows_stay_themselves(class_token):
-    """On another grid the class rows move to their new places with their values; on the same nothing changes."""
-    count = len(class_positions(class_token, 196))
-    pos_embed = torch.randn(1, 196 + count, 8)
-    assert torch.equal(resample_pos_embed(pos_embed, (14, 14), class_token=class_token), pos_embed)
-    for grid in ((27, 27), (24, 24), (14, 28)):
-        new = resample_pos_embed(pos_embed, grid, class_token=class_token)
-        assert new.shape == (1, grid[0] * grid[1] + count, 8)
-        before, _ = split_class_tokens(pos_embed, class_positions(class_token, 196))
-        after, patches = split_class_tokens(new, class_positions(class_token, grid[0] * grid[1]))
-        assert torch.equal(before, after)
-        assert torch.isfinite(patches).all()
-
-
-def test_stride8_from_stride16(nano):
-    fine = timm.create_model("vim_nano_patch4_stride2_32")
-    load_into(fine, nano.state_dict())
-    assert torch.equal(fine.pos_embed[:, 225 // 2], nano.pos_embed[:, 32])
-
-
-@pytest.mark.parametrize(("arguments", "words"), [
-    ({"if_rope_residual": True}, "if_rope"),
-    ({"if_bidirectional": True, "depth": 3}, "even"),
-    ({"if_bidirectional": True, "depth": 4, "bimamba_type": "v2"}, "if_bidirectional"),
-    ({"final_pool_type": "median"}, "final_pool_type"),
-    ({"global_pool": "token"}, "class token"),
-    ({"global_pool": "median"}, "global_pool"),
-    ({"bimamba_type": "v3"}, "bimamba_type"),
-    ({"img_size": 7}, "patch size"),
-])  # fmt: skip
-def test_impossible_arguments(arguments, words):
-    with pytest.raises(ValueError, match=words):
-        vim.VisionMamba(**{"depth": 2, "embed_dim": 16, "img_size": 32, **arguments})
-
-
-def test_misuse_is_named(nano):
-    with pytest.raises(TypeError, match="depht"):
-        vim.VisionMamba(depht=2)
-    with pytest.raises(ValueError, match="set_input_size"):
-        nano(torch.randn(1, 3, 48, 48))
-    with pytest.raises(ValueError, match="expected images"):
-        nano(torch.randn(1, 1, 32, 32))
-    with pytest.raises(ValueError, match="indices"):
-        nano.forward_intermediates(torch.randn(1, 3, 32, 32), indices=[9])
-    with pytest.raises(ValueError, match="output_fmt"):
-        nano.forward_intermediates(torch.randn(1, 3, 32, 32), output_fmt="NHWC")
-
-
-def test_random_position_and_rank(nano):
-    x = torch.randn(2, 3, 32, 32)
-    torch.manual_seed(0)
-    assert nano(x, if_random_cls_token_position=True).shape == (2, 10)
-    assert nano(x, if_random_token_rank=True).shape == (2, 10)
-    assert not torch.equal(nano(x, if_random_token_rank=True), nano(x))
-
-
-def test_bfloat16_autocast_is_close(nano):
-    x = torch.randn(2, 3, 32, 32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        low = nano(x)
-    # Six blocks of bfloat16 projections (2^-9 each) on logits of order 0.1 to 1.
-    torch.testing.assert_close(low.float(), nano(x), rtol=0.05, atol=0.05)

@@ -7,6 +7,9 @@
 import argparse
 import logging
 import pickle
+import socket
+import urllib.parse
+import urllib.request
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -80,12 +83,29 @@ def _from_hub(source: str) -> Path:
         raise CheckpointError(f"{source} is no hub id: expected hf-hub:owner/repository[@revision][/file]")
     filename = filename or "model.safetensors"
     try:
-        return Path(huggingface_hub.hf_hub_download(f"{owner}/{repository}", filename, revision=revision or None))
+        return Path(
+            huggingface_hub.hf_hub_download(
+                f"{owner}/{repository}", filename, revision=revision or None, local_files_only=not _hub_has_address()
+            )
+        )
     except Exception as error:  # network, authorisation and cache errors of three libraries
         raise CheckpointError(
             f"{filename} of {owner}/{repository} could not be downloaded ({type(error).__name__}): get it on a machine "
             "with a network and give its path instead, or name another file with hf-hub:owner/repository/file"
         ) from error
+
+
+def _hub_has_address() -> bool:
+    """False where the hub's name has no address: its client would try for most of a minute, and say so on each try."""
+    from huggingface_hub import constants
+
+    if urllib.request.getproxies():
+        return True
+    try:
+        socket.getaddrinfo(urllib.parse.urlsplit(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        return False
+    return True
 
 
 def has_ema(checkpoint: dict[str, Any]) -> bool:
