@@ -46,8 +46,9 @@ def causal_conv1d_fn(
     _check(x, weight, initial_states, activation)
     tokens, past = x.transpose(1, 2), None if initial_states is None else initial_states.transpose(1, 2)
     if seq_idx is None:
-        # One copy here, not one in forward and another in backward.
-        tokens = tokens.contiguous()
+        if not x.is_cpu:
+            # The other backends want channels adjacent: one copy here, not one in forward and another in backward.
+            tokens = tokens.contiguous()
         out = causal_conv1d(tokens, weight, bias, activation=activation, initial_state=past)
     else:
         if seq_idx.shape != tokens.shape[:2]:

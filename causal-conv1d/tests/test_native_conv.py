@@ -1,8 +1,13 @@
 """The native convolution against the float64 reference."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from causal_conv1d_vim.conv import cpu, reference
+from causal_conv1d_vim.native import INSTRUCTION_SETS
 
 pytestmark = pytest.mark.skipif(cpu.library.reason is not None, reason=str(cpu.library.reason))
 
@@ -82,3 +87,67 @@ def test_gradient_may_be_added_to_a_slice():
 def test_too_wide_is_refused():
     with pytest.raises(ValueError, match="widths up to 16"):
         cpu.forward(torch.randn(1, 4, 2), torch.randn(2, 17), None, None, silu=False, reverse=False)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    ("batch", "seqlen", "dim", "width", "silu", "bias", "initial"),
+    [
+        (2, 37, 48, 4, True, True, False),
+        (1, 2, 5, 4, True, False, True),
+        (3, 16, 11, 3, False, True, True),
+        (1, 70, 9, 2, True, True, True),
+        (2, 33, 16, 16, True, False, True),
+        (1, 9, 19, 1, True, True, False),
+        (2, 800, 3, 4, True, True, True),
+    ],
+)
+def test_channel_first(batch, seqlen, dim, width, silu, bias, initial, reverse, dtype):
+    """A transposed view is served along its rows, without a copy, and its results are laid out like it."""
+    torch.manual_seed(seqlen)
+    wide = torch.randn(batch, 2 * dim + 1, seqlen).to(dtype)
+    x = wide[:, :dim].transpose(1, 2)
+    weight, dout = torch.randn(dim, width), torch.randn(batch, seqlen, dim).to(dtype)
+    b = torch.randn(dim) if bias else None
+    state = torch.randn(batch, width - 1, dim) if initial else None
+    flags = {"silu": silu, "reverse": reverse}
+    out = cpu.forward(x, weight, b, state, **flags)
+    assert out.transpose(1, 2).is_contiguous()
+    # The same arithmetic in the same order as along channels.
+    assert torch.equal(out, cpu.forward(x.contiguous(), weight, b, state, **flags))
+    exact = reference.backward(
+        dout.double(), *(None if t is None else t.double() for t in (x, weight, b, state)), **flags
+    )
+    for gradient in (dout, dout.transpose(1, 2).contiguous().transpose(1, 2)):
+        ours = cpu.backward(gradient, x, weight, b, state, **flags)
+        assert ours[0].transpose(1, 2).is_contiguous()
+        for mine, theirs in zip(ours, exact, strict=True):
+            assert (mine is None) == (theirs is None)
+            if mine is not None and mine.numel():
+                close(mine, theirs, TOLERANCE[dtype])
+
+
+def test_channel_first_leaks_nothing_non_finite():
+    """An infinite initial state reaches the first tokens and no gradient of later ones."""
+    x = torch.randn(1, 3, 21).transpose(1, 2)
+    weight, state = torch.randn(3, 4), torch.full((1, 3, 3), float("inf"))
+    for reverse in (False, True):
+        flags = {"silu": True, "reverse": reverse}
+        dout = torch.randn(1, 21, 3)
+        for a, e in zip(
+            cpu.backward(dout, x, weight, None, state, **flags)[:2],
+            reference.backward(dout, x, weight, None, state, **flags)[:2],
+            strict=True,
+        ):
+            assert torch.equal(a.isfinite(), e.isfinite())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS[: INSTRUCTION_SETS.index(cpu.library.instruction_set or "baseline")])
+def test_lower_instruction_sets_pass_these_tests(isa):
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--import-mode=importlib", "-q", "-m", "not slow", __file__],
+        env={**os.environ, "VIM_CPU_ISA": isa}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]

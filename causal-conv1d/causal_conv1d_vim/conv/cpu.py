@@ -1,4 +1,8 @@
-"""CPU backend of the causal convolution: packs the arguments of causal-conv1d/csrc/cpu/conv.h."""
+"""CPU backend of the causal convolution: packs the arguments of causal-conv1d/csrc/cpu/conv.h.
+
+x (B, L, E) may be a view of a channel-first (B, E, L): other kernels then go along its rows, and results are laid out
+like it.
+"""
 
 import struct
 
@@ -11,6 +15,8 @@ from causal_conv1d_vim.native import DTYPES, plain, pointer, rows
 library = native.Library("vim_conv", causal_conv1d_vim.__path__)
 _forward = library.function("vim_conv_forward")
 _backward = library.function("vim_conv_backward")
+_rows_forward = library.function("vim_conv_rows_forward")
+_rows_backward = library.function("vim_conv_rows_backward")
 _pack = struct.Struct("=26q").pack
 
 MAX_WIDTH = 16
@@ -26,6 +32,18 @@ def why_not(x: torch.Tensor, weight: torch.Tensor | None = None) -> str | None:
 
 def _threads(x: torch.Tensor) -> int:
     return torch.get_num_threads() if x.numel() >= _PARALLEL_FROM else 1
+
+
+def _along_tokens(x: torch.Tensor) -> bool:
+    """Whether tokens, and not channels, are adjacent in x (B, L, E)."""
+    return x.stride(1) == 1 and x.stride(2) != 1
+
+
+def _new(x: torch.Tensor, along_tokens: bool) -> torch.Tensor:
+    """A new tensor of x's shape (B, L, E) and dtype, in the layout asked for."""
+    _, seqlen, dim = x.shape
+    # Not a transposed view, which autograd would forbid to modify.
+    return x.new_empty_strided(x.shape, (seqlen * dim, 1, seqlen) if along_tokens else (seqlen * dim, dim, 1))
 
 
 def forward(
@@ -52,16 +70,18 @@ def forward(
         raise ValueError(
             f"the native convolution takes widths up to {MAX_WIDTH}, got {width}: use the reference backend"
         )
-    x = rows(x)
+    along_tokens = out is None and _along_tokens(x)
+    kernel, step = (_rows_forward, 2) if along_tokens else (_forward, 1)
+    x = x if along_tokens else rows(x)
     weight, bias, initial_state = plain(weight), plain(bias), plain(initial_state)
     if out is None:
-        out = torch.empty((batch, seqlen, dim), dtype=x.dtype)
+        out = _new(x, along_tokens)
     if out.numel():
         xs, os = x.stride(), out.stride()
-        _forward(
+        kernel(
             _pack(
                 batch, seqlen, dim, width, silu, reverse, _threads(x), 0,
-                x.data_ptr(), DTYPES[x.dtype], xs[0], xs[1], out.data_ptr(), DTYPES[out.dtype], os[0], os[1],
+                x.data_ptr(), DTYPES[x.dtype], xs[0], xs[step], out.data_ptr(), DTYPES[out.dtype], os[0], os[step],
                 0, 0, 0, 0, weight.data_ptr(), pointer(bias), pointer(initial_state), 0, 0, 0,
             )
         )  # fmt: skip
@@ -88,19 +108,25 @@ def backward(
     """
     batch, seqlen, dim = x.shape
     width = weight.shape[1]
-    x, dout = rows(x), rows(dout)
+    along_tokens = dx is None and _along_tokens(x)
+    if along_tokens:
+        kernel, step = _rows_backward, 2
+        dout = dout if _along_tokens(dout) else dout.transpose(1, 2).contiguous().transpose(1, 2)
+    else:
+        kernel, step = _backward, 1
+        x, dout = rows(x), rows(dout)
     weight32, bias32, initial32 = plain(weight), plain(bias), plain(initial_state)
     if dx is None:
-        dx = torch.empty((batch, seqlen, dim), dtype=x.dtype)
+        dx = _new(x, along_tokens)
     dweight = torch.empty((dim, width))
     dbias = None if bias is None else torch.empty(dim)
     dinitial = None if initial_state is None else torch.empty((batch, width - 1, dim))
     xs, os, ds = x.stride(), dout.stride(), dx.stride()
-    _backward(
+    kernel(
         _pack(
             batch, seqlen, dim, width, silu, reverse, _threads(x), accumulate,
-            x.data_ptr(), DTYPES[x.dtype], xs[0], xs[1], dout.data_ptr(), DTYPES[dout.dtype], os[0], os[1],
-            dx.data_ptr(), DTYPES[dx.dtype], ds[0], ds[1], weight32.data_ptr(), pointer(bias32), pointer(initial32),
+            x.data_ptr(), DTYPES[x.dtype], xs[0], xs[step], dout.data_ptr(), DTYPES[dout.dtype], os[0], os[step],
+            dx.data_ptr(), DTYPES[dx.dtype], ds[0], ds[step], weight32.data_ptr(), pointer(bias32), pointer(initial32),
             pointer(dinitial), dweight.data_ptr(), pointer(dbias),
         )
     )  # fmt: skip

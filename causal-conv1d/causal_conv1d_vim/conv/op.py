@@ -20,7 +20,8 @@ def _op(
     reverse: bool,
 ) -> torch.Tensor:
     backend = backends.module(backends.pick(x, weight))
-    return backend.forward(x, weight, bias, initial_state, silu=silu, reverse=reverse)
+    # A backend may keep x's layout; a graph is promised one.
+    return backend.forward(x, weight, bias, initial_state, silu=silu, reverse=reverse).contiguous()
 
 
 @_op.register_fake
@@ -40,7 +41,7 @@ def _op_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     backend = backends.module(backends.pick(x, weight))
     grads = backend.backward(dout, x, weight, bias, initial_state, silu=silu, reverse=reverse)
-    return tuple(x.new_empty(0) if g is None else g for g in grads)
+    return tuple(x.new_empty(0) if g is None else g.contiguous() for g in grads)
 
 
 @_op_backward.register_fake

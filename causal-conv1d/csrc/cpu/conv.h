@@ -6,7 +6,8 @@
 struct ConvArgs {
   int64_t batch, len, dim, width, silu, reverse, threads;
   int64_t accumulate_dx;  // backward: add to dx instead of overwriting it
-  // (batch, tokens, channels): pointer, dtype (0 float32, 1 bfloat16, 2 float16), strides of batch and token in elements.
+  // (batch, tokens, channels): pointer, dtype (0 float32, 1 bfloat16, 2 float16), strides of batch and token in elements;
+  // channels are adjacent. For conv_rows_* tokens are adjacent, and the token stride is that of channels.
   char *x;
   int64_t x_dtype, x_batch_stride, x_token_stride;
   char *out;  // forward: the result; backward: its gradient

@@ -4,8 +4,12 @@
 
 VIM_DECLARE(conv_forward, ConvArgs)
 VIM_DECLARE(conv_backward, ConvArgs)
+VIM_DECLARE(conv_rows_forward, ConvArgs)
+VIM_DECLARE(conv_rows_backward, ConvArgs)
 
 extern "C" {
 VIM_EXPORT(conv_forward, ConvArgs)
 VIM_EXPORT(conv_backward, ConvArgs)
+VIM_EXPORT(conv_rows_forward, ConvArgs)
+VIM_EXPORT(conv_rows_backward, ConvArgs)
 }

@@ -1,4 +1,5 @@
-// Depthwise causal convolution with SiLU, token-major: rows of channels are streamed, weights transposed to (W, channels).
+// Depthwise causal convolution with SiLU. Token-major: rows of channels are streamed, weights transposed to (W, channels).
+// Channel-first: a channel's tokens are a row, and lanes are tokens.
 
 #include "conv.h"
 #include "runtime.h"
@@ -9,6 +10,7 @@ namespace {
 constexpr int64_t MAX_WIDTH = 16;
 constexpr int64_t TOKENS = 32;    // per forward task
 constexpr int64_t CHANNELS = 64;  // per backward task
+constexpr int64_t ROWS = 8;       // channels per task, channel-first
 
 VIM_INLINE int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 
@@ -199,17 +201,12 @@ template <int WIDTH> void backward_task(const void *args, int64_t task, int64_t)
     memcpy(call.items + (item * (w + 1) + k) * a.dim + first, sums + k * wide, (size_t)count * 4);
 }
 
-void backward(const ConvArgs *args) {
-  const ConvArgs &a = *args;
+void backward_in_slabs(const ConvArgs &a, int64_t slab, vim::Task task) {
   const int64_t rows = a.width + 1;
-  BackwardCall call{a, (a.dim + CHANNELS - 1) / CHANNELS, nullptr};
+  BackwardCall call{a, (a.dim + slab - 1) / slab, nullptr};
   call.items = (float *)vim::scratch(1, (size_t)(max_of(a.batch, 1) * rows * a.dim) * 4);
   if (a.batch == 0)
     memset(call.items, 0, (size_t)(rows * a.dim) * 4);
-  const vim::Task task = a.width == 4   ? backward_task<4>
-                         : a.width == 3 ? backward_task<3>
-                         : a.width == 2 ? backward_task<2>
-                                        : backward_task<0>;
   vim::parallel(a.batch * call.slabs, a.threads, task, &call);
   float *total = call.items;
   for (int64_t item = 1; item < a.batch; ++item)
@@ -222,9 +219,146 @@ void backward(const ConvArgs *args) {
     memcpy(a.dbias, total + a.width * a.dim, (size_t)a.dim * 4);
 }
 
+void backward(const ConvArgs *a) {
+  const vim::Task task = a->width == 4   ? backward_task<4>
+                         : a->width == 3 ? backward_task<3>
+                         : a->width == 2 ? backward_task<2>
+                                         : backward_task<0>;
+  backward_in_slabs(*a, CHANNELS, task);
+}
+
+// ---- channel-first: tokens are adjacent, and `*_token_stride` is the distance of channels -------------------------
+// A row is extended by the W - 1 inputs before its first token, on its left, or on its right if reversed. Output m is
+// the sum over taps k of weight[k] and entry m + offset(k) of the extended row.
+
+VIM_INLINE int64_t offset(const ConvArgs &a, int64_t k) { return a.reverse ? a.width - 1 - k : k; }
+VIM_INLINE int64_t row_size(const ConvArgs &a) { return padded(a.len + 2 * MAX_WIDTH) + 2 * LANES; }
+// Place in `initial` and `dinitial` of entry j of the extension, counted from the left.
+VIM_INLINE int64_t initial_at(const ConvArgs &a, int64_t item, int64_t channel, int64_t j) {
+  const int64_t before = a.width - 1;
+  return (item * before + (a.reverse ? before - 1 - j : j)) * a.dim + channel;
+}
+
+void load_extended(float *row, const ConvArgs &a, int64_t item, int64_t channel) {
+  const int64_t before = a.width - 1, end = a.len + before;
+  float *past = a.reverse ? row + a.len : row;
+  const int64_t at = item * a.x_batch_stride + channel * a.x_token_stride;
+  load_row(a.reverse ? row : row + before, a.x + at * size_of(a.x_dtype), a.x_dtype, a.len);
+  for (int64_t j = 0; j < before; ++j)
+    past[j] = a.initial ? a.initial[initial_at(a, item, channel, j)] : 0.0f;
+  memset(row + end, 0, (size_t)(row_size(a) - end) * 4);
+}
+
+// W is the width, or 0 for any.
+template <int W> VIM_INLINE void convolve_row(float *to, const float *row, const ConvArgs &a, int64_t channel, bool gate) {
+  const int64_t w = W ? W : a.width;
+  const vf bias = broadcast(a.bias ? a.bias[channel] : 0.0f);
+  const float *tap[W ? W : MAX_WIDTH];
+  vf weight[W ? W : MAX_WIDTH];
+  for (int64_t k = 0; k < w; ++k) {
+    tap[k] = row + offset(a, k);
+    weight[k] = broadcast(a.weight[channel * w + k]);
+  }
+  for (int64_t j = 0; j < a.len; j += LANES) {
+    vf r = bias;
+    for (int64_t k = 0; k < w; ++k)
+      r += weight[k] * load(tap[k] + j);
+    store(to + j, gate ? silu(r) : r);
+  }
+}
+
+void convolved(float *to, const float *row, const ConvArgs &a, int64_t channel, bool gate) {
+  if (a.width == 4)
+    convolve_row<4>(to, row, a, channel, gate);
+  else if (a.width == 3)
+    convolve_row<3>(to, row, a, channel, gate);
+  else
+    convolve_row<0>(to, row, a, channel, gate);
+}
+
+void forward_rows_task(const void *args, int64_t task, int64_t) {
+  const ConvArgs &a = *(const ConvArgs *)args;
+  const int64_t slabs = (a.dim + ROWS - 1) / ROWS, item = task / slabs, first = task % slabs * ROWS;
+  float *row = (float *)vim::scratch(0, (size_t)(2 * row_size(a)) * 4), *result = row + row_size(a);
+  for (int64_t c = first; c < min_of(first + ROWS, a.dim); ++c) {
+    load_extended(row, a, item, c);
+    convolved(result, row, a, c, a.silu);
+    const int64_t at = item * a.out_batch_stride + c * a.out_token_stride;
+    store_row(a.out + at * size_of(a.out_dtype), a.out_dtype, result, a.len);
+  }
+}
+
+void forward_rows(const ConvArgs *a) {
+  vim::parallel(a->batch * ((a->dim + ROWS - 1) / ROWS), a->threads, forward_rows_task, a);
+}
+
+VIM_INLINE float dot(const float *x, const float *y, int64_t count) {
+  vf sum = {};
+  int64_t j = 0;
+  for (; j + LANES <= count; j += LANES)
+    sum += load(x + j) * load(y + j);
+  float total = sum_lanes(sum);
+  for (; j < count; ++j)  // not a whole vector: what lies beyond the row may be infinite
+    total += x[j] * y[j];
+  return total;
+}
+
+void backward_rows_task(const void *args, int64_t task, int64_t) {
+  const BackwardCall &call = *(const BackwardCall *)args;
+  const ConvArgs &a = call.a;
+  const int64_t item = task / call.slabs, first = task % call.slabs * ROWS, w = a.width, before = w - 1;
+  const int64_t size = row_size(a), end = a.len + before;
+  float *row = (float *)vim::scratch(0, (size_t)(4 * size) * 4), *zeros_and_g = row + size, *dx = zeros_and_g + size;
+  float *earlier = dx + size, *g = zeros_and_g + before, *tokens = a.reverse ? dx : dx + before;
+  for (int64_t c = first; c < min_of(first + ROWS, a.dim); ++c) {
+    load_extended(row, a, item, c);
+    const int64_t out_at = item * a.out_batch_stride + c * a.out_token_stride;
+    load_row(g, a.out + out_at * size_of(a.out_dtype), a.out_dtype, a.len);
+    if (a.silu) {
+      convolved(dx, row, a, c, false);
+      for (int64_t j = 0; j < a.len; j += LANES) {
+        const vf r = load(dx + j), sig = sigmoid(r);
+        store(g + j, load(g + j) * (sig * (1.0f + r * (1.0f - sig))));
+      }
+    }
+    memset(zeros_and_g, 0, (size_t)before * 4);
+    memset(g + a.len, 0, (size_t)(size - before - a.len) * 4);
+
+    float *sums = call.items + item * (w + 1) * a.dim + c;
+    for (int64_t k = 0; k < w; ++k)
+      sums[k * a.dim] = dot(g, row + offset(a, k), a.len);
+    vf total = {};
+    for (int64_t j = 0; j < a.len; j += LANES)  // zeros follow the row
+      total += load(g + j);
+    sums[w * a.dim] = sum_lanes(total);
+
+    for (int64_t p = 0; p < end; p += LANES) {
+      vf r = {};
+      for (int64_t k = 0; k < w; ++k)
+        r += broadcast(a.weight[c * w + k]) * load(g + p - offset(a, k));
+      store(dx + p, r);
+    }
+    const int64_t dx_at = item * a.dx_batch_stride + c * a.dx_token_stride;
+    char *to = a.dx + dx_at * size_of(a.dx_dtype);
+    if (a.accumulate_dx) {
+      load_row(earlier, to, a.dx_dtype, a.len);
+      for (int64_t j = 0; j < a.len; ++j)
+        tokens[j] += earlier[j];
+    }
+    store_row(to, a.dx_dtype, tokens, a.len);
+    if (a.dinitial)
+      for (int64_t j = 0; j < before; ++j)
+        a.dinitial[initial_at(a, item, c, j)] = dx[a.reverse ? a.len + j : j];
+  }
+}
+
+void backward_rows(const ConvArgs *a) { backward_in_slabs(*a, ROWS, backward_rows_task); }
+
 }  // namespace
 
 namespace VIM_ISA {
 void (*conv_forward)(const ConvArgs *) = forward;
 void (*conv_backward)(const ConvArgs *) = backward;
+void (*conv_rows_forward)(const ConvArgs *) = forward_rows;
+void (*conv_rows_backward)(const ConvArgs *) = backward_rows;
 }

@@ -1,7 +1,7 @@
 """Residual add and norm as one torch operator, and the modules and published functions on top of it."""
 
 import torch
-from causal_conv1d_vim.autodiff import forbid_double_backward
+from causal_conv1d_vim.autodiff import forbid_double_backward, recording
 from causal_conv1d_vim.registry import OpBackends
 from torch import nn
 
@@ -144,7 +144,9 @@ def add_norm(
         residual_dtype = x.dtype if residual is None else residual.dtype
     if torch.compiler.is_compiling():
         return torch.ops.vision_mamba.add_norm(x, residual, weight, bias, eps, rms, residual_dtype)[:2]
-    return _AddNorm.apply(x, residual, weight, bias, eps, rms, residual_dtype)
+    if recording(x, residual, weight, bias):
+        return _AddNorm.apply(x, residual, weight, bias, eps, rms, residual_dtype)
+    return _forward(x, residual, weight, bias, eps, rms, residual_dtype)[1:3]
 
 
 def layer_norm_fn(
