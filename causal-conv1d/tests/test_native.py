@@ -1,5 +1,6 @@
 """Loading of the native library, the forced instruction sets, and indexing beyond 2^31 elements."""
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -68,6 +69,21 @@ def test_strides_beyond_2_31_elements():
     far = cpu.forward(x, weight, None, None, silu=True, reverse=False)
     near = cpu.forward(x.contiguous(), weight, None, None, silu=True, reverse=False)
     assert torch.equal(far, near)
+
+
+_CLANG = next(filter(None, map(shutil.which, ("clang++", *(f"clang++-{v}" for v in range(22, 13, -1))))), None)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(_CLANG is None or shutil.which("cmake") is None, reason="needs clang++ and cmake")
+def test_clang_compiles_the_libraries_without_a_warning(tmp_path):
+    options = [f"-DCMAKE_CXX_COMPILER={_CLANG}", "-DCMAKE_CXX_FLAGS=-Werror", "-DVIM_BUILD_CUDA=0"]
+    subprocess.run(["cmake", "-S", ROOT, "-B", tmp_path, *options], check=True, capture_output=True)
+    done = subprocess.run(["cmake", "--build", tmp_path, "--parallel", "2"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    for name in ("vim_conv", "vim_mamba"):
+        library = ctypes.CDLL(str(next(tmp_path.glob(f"lib{name}.*"))))
+        assert library.vim_isa() == native.INSTRUCTION_SETS.index(BEST)
 
 
 @pytest.mark.slow

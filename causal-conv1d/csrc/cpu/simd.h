@@ -57,6 +57,12 @@ VIM_INLINE float sum_lanes(vf v) {
   return total;
 }
 
+// Lane i of the result is lane F(i) of a, or of b if F(i) >= LANES. GCC before 12 has its own name for it.
+#if defined(__clang__) || __GNUC__ >= 12
+#define VIM_SHUFFLE(a, b, F) __builtin_shufflevector(a, b, VIM_ALL(F))
+#else
+#define VIM_SHUFFLE(a, b, F) __builtin_shuffle(a, b, (vi){VIM_ALL(F)})
+#endif
 #define VIM_KEEP(i) ((i) & W ? LANES + (i) : (i))
 #define VIM_SWAP(i) ((i) & W ? LANES + ((i) ^ W) : ((i) ^ W))
 #define VIM_LOW(i) ((i) & W ? LANES + ((i) ^ W) : (i))
@@ -72,7 +78,7 @@ VIM_INLINE float sum_lanes(vf v) {
 
 // One level of a transposing sum: lanes without bit W get a's pair sums, lanes with it b's.
 template <int W> VIM_INLINE vf fold(vf a, vf b) {
-  return __builtin_shufflevector(a, b, VIM_ALL(VIM_KEEP)) + __builtin_shufflevector(a, b, VIM_ALL(VIM_SWAP));
+  return VIM_SHUFFLE(a, b, VIM_KEEP) + VIM_SHUFFLE(a, b, VIM_SWAP);
 }
 
 // Rows and columns of LANES vectors exchanged, level by level: blocks of W rows and W columns off the diagonal change
@@ -82,8 +88,8 @@ template <int W> VIM_INLINE void transpose_levels(vf *v) {
   for (int i = 0; i < LANES; ++i)
     if (!(i & W)) {
       const vf a = v[i], b = v[i + W];
-      v[i] = __builtin_shufflevector(a, b, VIM_ALL(VIM_LOW));
-      v[i + W] = __builtin_shufflevector(a, b, VIM_ALL(VIM_HIGH));
+      v[i] = VIM_SHUFFLE(a, b, VIM_LOW);
+      v[i + W] = VIM_SHUFFLE(a, b, VIM_HIGH);
     }
   if constexpr (W > 1)
     transpose_levels<W / 2>(v);
@@ -94,6 +100,7 @@ template <int W> VIM_INLINE void transpose_levels(vf *v) {
 #undef VIM_HIGH
 #undef VIM_4
 #undef VIM_ALL
+#undef VIM_SHUFFLE
 
 // (LANES, LANES) floats, rows `from_stride` apart, into rows `to_stride` apart.
 VIM_INLINE void transpose_square(float *to, int64_t to_stride, const float *from, int64_t from_stride) {
