@@ -86,6 +86,12 @@ def test_bad_arguments_are_named():
         causal_conv1d(x, weight, bias, activation="relu")
     with pytest.raises(ValueError, match="weight"):
         causal_conv1d(x, weight[:-1], bias)
+    with pytest.raises(ValueError, match="bias"):
+        causal_conv1d(x, weight, bias[:-1])
+    with pytest.raises(ValueError, match="initial_state"):
+        causal_conv1d(x, weight, bias, initial_state=torch.zeros(1, 2, 8))
+    with pytest.raises(ValueError, match="weight on meta"):
+        causal_conv1d(x, weight.to("meta"), bias)
 
 
 def test_opcheck():

@@ -114,6 +114,15 @@ def causal_conv1d(
         raise ValueError(
             f"x must be (batch, seqlen, dim) and weight (dim, width), got {tuple(x.shape)} and {tuple(weight.shape)}"
         )
+    batch, _, dim = x.shape
+    past = (batch, weight.shape[1] - 1, dim)
+    for name, t, expected in (("bias", bias, (dim,)), ("initial_state", initial_state, past), ("weight", weight, None)):
+        if t is None:
+            continue
+        if expected is not None and t.shape != expected:
+            raise ValueError(f"{name} must be {expected}, got {tuple(t.shape)}")
+        if t.is_cpu is not x.is_cpu:
+            raise ValueError(f"all tensors must be on one device: x is on {x.device}, {name} on {t.device}")
     if torch.compiler.is_compiling():
         return torch.ops.vision_mamba.causal_conv1d(x, weight, bias, initial_state, activation is not None, reverse)
     backend = backends.module(backends.pick(x, weight))

@@ -89,3 +89,16 @@ def test_inference_equals_training_forward():
     assert torch.equal(kept, plain)
     assert len(saved) == 4
     assert nothing == []
+
+
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(Direction) if f.name != "reverse"])
+def test_wrong_shapes_are_named(name):
+    """Kernels get bare addresses: a wrong shape must not reach them."""
+    direction = make_direction(16, 4, 3, torch.float32, reverse=False, back=True)
+    xz = torch.randn(2, 5, 32)
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        mixer(xz, [dataclasses.replace(direction, **{name: getattr(direction, name)[:-1]})])
+    with pytest.raises(ValueError, match=f"{name} on meta"):
+        mixer(xz, [dataclasses.replace(direction, **{name: getattr(direction, name).to("meta")})])
+    with pytest.raises(ValueError, match="xz must be"):
+        mixer(xz[..., :-1], [direction])

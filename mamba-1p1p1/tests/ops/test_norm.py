@@ -79,6 +79,18 @@ def test_published_signatures():
     assert RMSNorm(8)(x).shape == x.shape
 
 
+def test_bad_arguments_are_named():
+    x, r, weight, bias = make((3, 8))
+    for what, call in {
+        "weight must": lambda: add_norm(x, r, weight[:-1]),
+        "residual": lambda: add_norm(x, r[:1], weight),
+        "bias must": lambda: add_norm(x, r, weight, bias[:-1]),
+        "bias on meta": lambda: add_norm(x, r, weight, bias.to("meta")),
+    }.items():
+        with pytest.raises(ValueError, match=what):
+            call()
+
+
 def test_opcheck():
     x, r, weight, bias = [t.requires_grad_() for t in make((2, 3, 16))]
     torch.library.opcheck(torch.ops.vision_mamba.add_norm.default, (x, r, weight, bias, 1e-5, False, torch.float32))

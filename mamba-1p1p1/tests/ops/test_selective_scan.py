@@ -238,12 +238,29 @@ def test_double_backward_says_so():
         torch.autograd.grad(out.sum(), u, create_graph=True)[0].sum().backward()
 
 
-@pytest.mark.parametrize("wrong", ["delta", "A", "B", "C"])
+@pytest.mark.parametrize("wrong", NAMES[1:])
 def test_wrong_shapes_are_named(wrong):
+    """Kernels get bare addresses: a wrong shape must not reach them."""
     inputs = dict(zip(NAMES, make(2, 5, 8, 4), strict=True))
     inputs[wrong] = inputs[wrong][..., :-1]
+    state = inputs.pop("initial_state")
     with pytest.raises(ValueError, match=wrong):
-        selective_scan(*(inputs[n] for n in ("u", "delta", "A", "B", "C")))
+        selective_scan(*inputs.values(), initial_state=state)
+
+
+def test_mixed_devices_and_dtypes_are_named():
+    inputs = dict(zip(NAMES[:8], make(2, 5, 8, 4), strict=False))
+    for name in NAMES[1:8]:
+        with pytest.raises(ValueError, match=f"{name} on meta"):
+            selective_scan(**{**inputs, name: inputs[name].to("meta")})
+    for name in ("delta", "z"):
+        with pytest.raises(ValueError, match=f"u and {name} must both be float64"):
+            selective_scan(**{**inputs, name: inputs[name].double()})
+    # A float64 A, B or C is no mistake: the reference serves it.
+    expected = selective_scan(**inputs, delta_softplus=True)
+    for name in ("A", "B", "C"):
+        actual = selective_scan(**{**inputs, name: inputs[name].double()}, delta_softplus=True)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("optional", "reverse"), list(itertools.product([True, False], [True, False])))

@@ -112,6 +112,36 @@ class _FusedMixer(torch.autograd.Function):
         ]
 
 
+def _check(xz: torch.Tensor, directions: list[Direction]) -> None:
+    """Raise for shapes that do not fit: kernels get bare addresses."""
+    if xz.dim() != 3 or xz.shape[2] % 2 or not directions:
+        raise ValueError(
+            f"xz must be (batch, seqlen, 2 * dim) with at least one direction, got {tuple(xz.shape)} and "
+            f"{len(directions)} directions"
+        )
+    dim = xz.shape[2] // 2
+    for p in directions:
+        if p.A.dim() != 2 or p.dt_proj_weight.dim() != 2 or p.conv_weight.dim() != 2:
+            raise ValueError("A, dt_proj_weight and conv_weight of a direction must have two dimensions")
+        states, rank = p.A.shape[1], p.dt_proj_weight.shape[1]
+        expected = {
+            "conv_weight": (dim, p.conv_weight.shape[1]),
+            "conv_bias": (dim,),
+            "x_proj_weight": (rank + 2 * states, dim),
+            "dt_proj_weight": (dim, rank),
+            "dt_bias": (dim,),
+            "A": (dim, states),
+            "D": (dim,),
+            "A_back": (dim, states),
+        }
+        for name, shape in expected.items():
+            t = getattr(p, name)
+            if t is not None and t.shape != shape:
+                raise ValueError(f"{name} must be {shape} for xz {tuple(xz.shape)}, got {tuple(t.shape)}")
+            if t is not None and t.is_cpu is not xz.is_cpu:
+                raise ValueError(f"all tensors must be on one device: xz is on {xz.device}, {name} on {t.device}")
+
+
 def mixer(xz: torch.Tensor, directions: list[Direction], *, scale: float = 1.0) -> torch.Tensor:
     """Sum over directions of the gated selective scan of the convolved input, times `scale` (algorithm 1 of Vim).
 
@@ -122,7 +152,11 @@ def mixer(xz: torch.Tensor, directions: list[Direction], *, scale: float = 1.0) 
 
     Returns:
         (B, L, E) in xz's dtype, the input of out_proj.
+
+    Raises:
+        ValueError: shapes that do not fit.
     """
+    _check(xz, directions)
     if (module := _fused(xz, directions)) is not None:
         tensors = [getattr(direction, name) for direction in directions for name in _FIELDS]
         save = recording(xz, *tensors)

@@ -140,6 +140,11 @@ def add_norm(
             f"weight must be ({x.shape[-1]},) and residual {tuple(x.shape)}, got {tuple(weight.shape)} and "
             f"{None if residual is None else tuple(residual.shape)}"
         )
+    if bias is not None and bias.shape != weight.shape:
+        raise ValueError(f"bias must be {tuple(weight.shape)}, got {tuple(bias.shape)}")
+    for name, t in (("residual", residual), ("weight", weight), ("bias", bias)):
+        if t is not None and t.is_cpu is not x.is_cpu:
+            raise ValueError(f"all tensors must be on one device: x is on {x.device}, {name} on {t.device}")
     if residual_dtype is None:
         residual_dtype = x.dtype if residual is None else residual.dtype
     if torch.compiler.is_compiling():

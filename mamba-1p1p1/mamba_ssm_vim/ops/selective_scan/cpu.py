@@ -28,8 +28,8 @@ def why_not(u: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor) 
     """None if these inputs of a scan can be served here, else the reason."""
     if A.dtype.is_complex or B.dtype.is_complex or C.dtype.is_complex:
         return "complex A, B or C"
-    if A.dtype is torch.float64:
-        return "A is float64"
+    if torch.float64 in (A.dtype, B.dtype, C.dtype):
+        return "A, B or C is float64"
     if B.dim() == C.dim() == 4 and B.shape[2] != C.shape[2]:
         return "B and C have different numbers of groups"
     return native.why_not(library, u, A, B, C)

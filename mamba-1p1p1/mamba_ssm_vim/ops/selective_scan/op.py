@@ -96,7 +96,8 @@ class _SelectiveScan(torch.autograd.Function):
         return None, None, None, *grads
 
 
-def _check(u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor) -> None:
+def _check(u, delta, A, B, C, D, z, delta_bias, initial_state) -> None:
+    """Raise for what the kernels, which get bare addresses, must not meet."""
     # Every look at a tensor's shape costs a tenth of a microsecond, which small calls notice: look once.
     shape, of_a = u.shape, A.shape
     if len(shape) != 3 or delta.shape != shape:
@@ -115,6 +116,22 @@ def _check(u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tenso
                 f"{name} must be (batch, seqlen, groups, dstate) or (dim, dstate), got {tuple(size)} "
                 f"for u {tuple(shape)} and A {tuple(of_a)}"
             )
+    for name, t, expected in (
+        ("D", D, (dim,)),
+        ("delta_bias", delta_bias, (dim,)),
+        ("z", z, shape),
+        ("initial_state", initial_state, (batch, dim, of_a[1])),
+    ):
+        if t is not None and t.shape != expected:
+            raise ValueError(f"{name} must be {tuple(expected)}, got {tuple(t.shape)}")
+    on_cpu, dtype = u.is_cpu, u.dtype
+    for name, t in (("delta", delta), ("A", A), ("B", B), ("C", C), ("D", D), ("z", z), ("delta_bias", delta_bias),
+                    ("initial_state", initial_state)):  # fmt: skip
+        if t is not None and t.is_cpu is not on_cpu:
+            raise ValueError(f"all tensors must be on one device: u is on {u.device}, {name} on {t.device}")
+    for name, t in (("delta", delta), ("z", z)):
+        if t is not None and t.dtype is not dtype and torch.float64 in (dtype, t.dtype):
+            raise ValueError(f"u and {name} must both be float64 or neither, got {dtype} and {t.dtype}")
 
 
 def selective_scan(
@@ -144,7 +161,7 @@ def selective_scan(
         ValueError: shapes that do not fit, named.
         BackendError: a forced backend cannot run this call.
     """
-    _check(u, delta, A, B, C)
+    _check(u, delta, A, B, C, D, z, delta_bias, initial_state)
     if torch.compiler.is_compiling():
         out, last_state = torch.ops.vision_mamba.selective_scan(
             u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, reverse
