@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from mamba_ssm_vim import Mamba, RMSNorm, add_norm
 from timm.layers import DropPath, to_2tuple
 from timm.models import register_notrace_function, register_notrace_module
+from timm.models._features import feature_take_indices
 from torch import nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
@@ -28,6 +29,37 @@ def checked_size(name: str, value: Any, least: Sequence[int] = (1, 1)) -> tuple[
         at_least = f", each at least the patch size {tuple(least)}" if tuple(least) != (1, 1) else " of at least 1"
         raise ValueError(f"{name} is {value!r}: expected pixels or (height, width){at_least}")
     return size[0], size[1]
+
+
+def checked_indices(depth: int, pairs: bool, indices: int | list[int] | None) -> tuple[list[int], int]:
+    """The blocks that `indices` names, and the last of them (the last of all for pairs counted from the end).
+
+    Args:
+        depth: number of blocks.
+        pairs: blocks work in pairs, so only every second one has features.
+        indices: how many of the last ones, which ones, or None for all.
+
+    Raises:
+        ValueError: blocks that there are not, or the first of a pair.
+    """
+    last_ones = indices is None or isinstance(indices, int)
+    if pairs and last_ones:
+        odd = list(range(1, depth, 2))
+        if indices is not None and not 0 < indices <= len(odd):
+            raise ValueError(f"indices is {indices!r}, but the model has {len(odd)} pairs of blocks")
+        return (odd if indices is None else odd[-indices:]), depth - 1
+    try:
+        if isinstance(indices, int) and indices < 1:
+            raise AssertionError
+        take, last = feature_take_indices(depth, indices if last_ones else list(indices))
+    except (AssertionError, TypeError) as error:
+        raise ValueError(
+            f"indices is {indices!r}: expected how many of the last blocks (1 to {depth}), a list of blocks from "
+            f"{-depth} to {depth - 1}, or None"
+        ) from error
+    if pairs and any(i % 2 == 0 for i in take):
+        raise ValueError(f"blocks work in pairs (if_bidirectional), so indices must be odd, got {take}")
+    return take, last
 
 
 @register_notrace_module

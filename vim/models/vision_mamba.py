@@ -17,7 +17,7 @@ from timm.models._features import feature_take_indices
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from vim.models.layers import Block, PatchEmbed, checked_size, residual_norm
+from vim.models.layers import Block, PatchEmbed, checked_indices, checked_size, residual_norm
 from vim.models.pos_embed import class_positions, resample_pos_embed, split_class_tokens
 from vim.models.rope import RotaryEmbedding2d
 from vim.models.tokens import check_images, embed_tokens, pool_features, pool_tokens, rotate_tokens
@@ -474,29 +474,7 @@ class VisionMamba(nn.Module):
         if torch.jit.is_scripting():
             return feature_take_indices(len(self.layers), indices)
         else:
-            return self._checked_indices(indices)
-
-    @torch.jit.unused
-    def _checked_indices(self, indices: int | list[int] | None) -> tuple[list[int], int]:
-        depth = len(self.layers)
-        last_ones = indices is None or isinstance(indices, int)
-        if self.if_bidirectional and last_ones:
-            odd = list(range(1, depth, 2))
-            if indices is not None and not 0 < indices <= len(odd):
-                raise ValueError(f"indices is {indices!r}, but the model has {len(odd)} pairs of blocks")
-            return (odd if indices is None else odd[-indices:]), depth - 1
-        try:
-            if isinstance(indices, int) and indices < 1:
-                raise AssertionError
-            take, last = feature_take_indices(depth, indices if last_ones else list(indices))
-        except (AssertionError, TypeError) as error:
-            raise ValueError(
-                f"indices is {indices!r}: expected how many of the last blocks (1 to {depth}), a list of blocks from "
-                f"{-depth} to {depth - 1}, or None"
-            ) from error
-        if self.if_bidirectional and any(i % 2 == 0 for i in take):
-            raise ValueError(f"blocks work in pairs (if_bidirectional), so indices must be odd, got {take}")
-        return take, last
+            return checked_indices(len(self.layers), self.if_bidirectional, indices)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -506,7 +484,7 @@ class VisionMamba(nn.Module):
         Raises:
             ValueError: indices that the depth does not have.
         """
-        take, last = self._checked_indices(indices)
+        take, last = checked_indices(len(self.layers), self.if_bidirectional, indices)
         self.layers = self.layers[: last + 1]
         if prune_norm:
             self.norm_f = None
