@@ -55,7 +55,7 @@ struct ScanForwardArgs {
     int32_t chunk_tiles;   // tiles per chunk of time, 0: the whole sequence in one block
     int32_t save;          // write the boundary state of every tile
     float scale;
-    int32_t pairs;  // two channels per lane where alignment allows
+    int32_t pairs;  // two channels per lane where alignment allows (and with them, scan_stream.cu)
     int32_t reserved;
 };
 

@@ -10,7 +10,7 @@
 #include <initializer_list>
 #include <type_traits>
 
-#include "scan.h"
+#include "scan_stream.h"
 
 namespace vim {
 namespace {
@@ -101,11 +101,10 @@ __global__ void __launch_bounds__(kSideThreads* SIDES, NPL == 4 ? kForwardWarps 
     const bool gated = args.z != nullptr;
     const char* z = gated ? start(args.z, args.z_batch, args.z_token, channel, own_first) : nullptr;
     const bool added = SIDES == 1 && args.addend != nullptr;
+    const char* addend = added ? start(args.addend, args.addend_batch, args.addend_token, channel, own_first) : nullptr;
     char* out = STATES_ONLY ? nullptr : start(args.out, args.out_batch, args.out_token, channel, own_first);
     const int u_step = stride(side.u_token), delta_step = stride(side.delta_token), out_step = stride(args.out_token);
-    const int z_step = stride(args.z_token), onto_step = SIDES == 2 ? out_step : stride(args.addend_token);
-    // What is added to the output: the other side's part of it, or the caller's.
-    const char* onto = SIDES == 2 ? out : added ? start(args.addend, args.addend_batch, args.addend_token, channel, own_first) : nullptr;
+    const int z_step = stride(args.z_token), addend_step = stride(args.addend_token);
     auto boundary_row = [&](int tile, int c) {
         return side.boundaries + ((batch * total_tiles + tile) * dim + channel + c) * kStates + part * NPL;
     };
@@ -167,8 +166,6 @@ __global__ void __launch_bounds__(kSideThreads* SIDES, NPL == 4 ? kForwardWarps 
         for (int k = 0; k < kPiece; ++k) target[k * kSideThreads + thread] = to_float(piece[k]);
     };
 
-    // What a group of four tokens goes through overlaps with its neighbours: while the states of one advance, the steps of the
-    // next are made, u and delta of the one after it are on their way, and the outputs of the one before it are finished.
     Values next_u, next_delta;
     auto fetch = [&](int t) {
         next_u.bits = next_delta.bits = 0;
@@ -178,54 +175,6 @@ __global__ void __launch_bounds__(kSideThreads* SIDES, NPL == 4 ? kForwardWarps 
         }
         u += u_step;
         delta += delta_step;
-    };
-    // Two sets of steps, in turn: a lane that is ahead by one group overwrites none that another still reads.
-    Steps* const steps_of_column = steps_of_warp + column;
-    int slot = 0;
-    Values own_u;
-    float own_dt[CPT];
-    auto make_steps = [&](int t) {
-        Steps own;
-        own_u = next_u;
-#pragma unroll
-        for (int c = 0; c < CPT; ++c) {
-            const float raw = next_delta[c] + bias[c];
-            const float positive = softplus(raw);
-            float dt = args.softplus != 0 ? positive : raw;
-            if (!in_sequence(t)) dt = 0.0f;  // past the end the state stays as it is
-            own_dt[c] = dt;
-            own.values[2 * c] = dt;
-            own.values[2 * c + 1] = dt * next_u[c];
-        }
-        steps_of_column[slot + part * kPairs] = own;
-    };
-    struct Unfinished {
-        float y[kLanes * CPT];  // sums over this lane's states, per token and channel
-        Values u, gate, other;
-        bool inside;
-    };
-    auto finish = [&](const Unfinished& group, bool complete) {
-        // Lane `part` keeps the sums of token `part`: it gives away the half of the tokens that it does not keep.
-        const bool upper = (part & 2) != 0, odd_part = (part & 1) != 0;
-        Pack<T, CPT> result;
-#pragma unroll
-        for (int c = 0; c < CPT; ++c) {
-            float kept[2];
-#pragma unroll
-            for (int j = 0; j < 2; ++j) {
-                const float low = group.y[j * CPT + c], high = group.y[(j + 2) * CPT + c];
-                kept[j] = (upper ? high : low) + __shfl_xor_sync(0xffffffffu, upper ? low : high, 2 * kPairs);
-            }
-            float value = (odd_part ? kept[1] : kept[0]) +
-                          __shfl_xor_sync(0xffffffffu, odd_part ? kept[0] : kept[1], kPairs);
-            value = fmaf(skip[c], group.u[c], value);
-            if (SIDES == 2) value += group.other[c];
-            const float gate = silu(group.gate[c]);
-            if (complete) value *= gated ? gate * args.scale : args.scale;
-            result.values[c] = from_float<T>(SIDES == 1 ? value + group.other[c] : value);
-        }
-        if (live && group.inside) *reinterpret_cast<Pack<T, CPT>*>(out) = result;
-        out += out_step;
     };
 
     // Steps of the walk over tiles; with two sides and an odd number of tiles, side 1 is idle at step 0.
@@ -238,9 +187,8 @@ __global__ void __launch_bounds__(kSideThreads* SIDES, NPL == 4 ? kForwardWarps 
         put_bc(bc_tiles + g * kLanes * kRow);
     }
     fetch(own_first);
-    make_steps(own_first);
-    fetch(own_first + onward * kLanes);
     int t = own_first;  // this lane's token
+    int slot = 0;
     __syncthreads();
 
     for (int step = 0; step < steps; ++step) {
@@ -263,30 +211,39 @@ __global__ void __launch_bounds__(kSideThreads* SIDES, NPL == 4 ? kForwardWarps 
                             float4{state[c][n], state[c][n + 1], state[c][n + 2], state[c][n + 3]};
             }
 
-            Unfinished group;
-#pragma unroll(NPL == 4 ? kGroups : 1)
+#pragma unroll 1
             for (int g = 0; g < kGroups; ++g) {
-                __syncwarp();
-                if (!STATES_ONLY && g > 0) finish(group, complete);
+                const bool inside = in_sequence(t);
+                const Values now_u = next_u, now_delta = next_delta;
                 fetch_bc();
-                group.u = own_u;
-                group.inside = in_sequence(t);
-                group.gate.bits = group.other.bits = 0;
-                if (!STATES_ONLY && group.inside) {
-                    if (complete && gated) group.gate.load(z);
-                    if (SIDES == 2 ? second : added) group.other.load(onto);
-                }
-                z += z_step;
-                onto += onto_step;
-                if (STATES_ONLY) {
+                fetch(t + onward * kLanes);
+                Values gate, other;
+                if (!STATES_ONLY && inside && complete && gated) gate.load(z);
+                if (!STATES_ONLY && inside && second) other.load(out);
+                if (!STATES_ONLY && inside && added) other.load(addend);
+                Steps own;
 #pragma unroll
-                    for (int c = 0; c < CPT; ++c) step_sum[c] += own_dt[c];
+                for (int c = 0; c < CPT; ++c) {
+                    const float raw = now_delta[c] + bias[c];
+                    const float positive = softplus(raw);
+                    float dt = args.softplus != 0 ? positive : raw;
+                    if (!inside) dt = 0.0f;  // past the end the state stays as it is
+                    if (STATES_ONLY) step_sum[c] += dt;
+                    own.values[2 * c] = dt;
+                    own.values[2 * c + 1] = dt * now_u[c];
                 }
+                // Two sets of steps, in turn: a lane that is ahead by one group overwrites none that another still reads.
+                Steps* const steps_of_group = steps_of_warp + slot + column;
+                slot ^= 32;
+                steps_of_group[part * kPairs] = own;
+                __syncwarp();
+
+                float y[kLanes * CPT];
 #pragma unroll
                 for (int j = 0; j < kLanes; ++j) {
-                    const Steps now = steps_of_column[slot + j * kPairs];
+                    const Steps now = steps_of_group[j * kPairs];
 #pragma unroll
-                    for (int c = 0; c < CPT; ++c) group.y[j * CPT + c] = 0.0f;
+                    for (int c = 0; c < CPT; ++c) y[j * CPT + c] = 0.0f;
 #pragma unroll
                     for (int n = 0; n < NPL; n += 4) {
                         const float4 b = *reinterpret_cast<const float4*>(row + j * kRow + n);
@@ -297,7 +254,7 @@ __global__ void __launch_bounds__(kSideThreads* SIDES, NPL == 4 ? kForwardWarps 
                             const float dt = now.values[2 * c], dtu = now.values[2 * c + 1];
                             float* h = state[c] + n;
                             const float* a = rate[c] + n;
-                            float& sum = group.y[j * CPT + c];
+                            float& sum = y[j * CPT + c];
                             h[0] = advance(h[0], dt, a[0], dtu, b.x);
                             h[1] = advance(h[1], dt, a[1], dtu, b.y);
                             h[2] = advance(h[2], dt, a[2], dtu, b.z);
@@ -309,15 +266,42 @@ __global__ void __launch_bounds__(kSideThreads* SIDES, NPL == 4 ? kForwardWarps 
                         }
                     }
                 }
-                slot ^= 32;
-                t += onward * kLanes;
-                make_steps(t);
-                fetch(t + onward * kLanes);
                 put_bc(next_row);
                 row += kLanes * kRow;
                 next_row += kLanes * kRow;
+                t += onward * kLanes;
+                if (STATES_ONLY) continue;
+                // Lane `part` keeps the sums of token `part`: it gives away the half of the tokens that it does not keep.
+                const bool upper = (part & 2) != 0, odd_part = (part & 1) != 0;
+                float value[CPT];
+#pragma unroll
+                for (int c = 0; c < CPT; ++c) {
+                    float kept[2];
+#pragma unroll
+                    for (int j = 0; j < 2; ++j) {
+                        const float low = y[j * CPT + c], high = y[(j + 2) * CPT + c];
+                        kept[j] = (upper ? high : low) + __shfl_xor_sync(0xffffffffu, upper ? low : high, 2 * kPairs);
+                    }
+                    value[c] = (odd_part ? kept[1] : kept[0]) +
+                               __shfl_xor_sync(0xffffffffu, odd_part ? kept[0] : kept[1], kPairs);
+                    value[c] = fmaf(skip[c], now_u[c], value[c]);
+                    if (SIDES == 2) value[c] += other[c];
+                }
+                if (complete && gated) {
+#pragma unroll
+                    for (int c = 0; c < CPT; ++c) value[c] *= silu(gate[c]);
+                }
+                Pack<T, CPT> result;
+#pragma unroll
+                for (int c = 0; c < CPT; ++c) {
+                    value[c] *= complete ? args.scale : 1.0f;
+                    result.values[c] = from_float<T>(SIDES == 1 ? value[c] + other[c] : value[c]);
+                }
+                if (live && inside) *reinterpret_cast<Pack<T, CPT>*>(out) = result;
+                z += z_step;
+                out += out_step;
+                if (added) addend += addend_step;
             }
-            if (!STATES_ONLY) finish(group, complete);
         }
         __syncthreads();
     }
@@ -381,6 +365,12 @@ __global__ void __launch_bounds__(256) join_chunks_kernel(const ScanForwardArgs 
 template <typename T, int NPL, int CPT, int SIDES>
 int launch_forward(const ScanForwardArgs& args, void* stream) {
     constexpr int kStates = NPL * kLanes;
+    const bool streamed = NPL == 4 && CPT == 2 && stream_fits(args);
+    auto scan = [&](bool states_only, dim3 grid, int threads, size_t shared, const ScanForwardArgs& pass) {
+        if (streamed) return launch_stream(pass, states_only, grid, stream);
+        return states_only ? launch(scan_forward_kernel<T, NPL, CPT, SIDES, true>, grid, threads, shared, stream, pass)
+                           : launch(scan_forward_kernel<T, NPL, CPT, SIDES, false>, grid, threads, shared, stream, pass);
+    };
     const int64_t blocks = forward_blocks(args.dim, args.groups, CPT);
     const int64_t tiles = ceil_div(args.seqlen, kTile);
     const int64_t chunks = args.chunk_tiles > 0 ? ceil_div(tiles, args.chunk_tiles) : 1;
@@ -390,14 +380,14 @@ int launch_forward(const ScanForwardArgs& args, void* stream) {
     if (chunks > 1) {
         ScanForwardArgs first = args;
         first.save = 0;
-        int status = launch(scan_forward_kernel<T, NPL, CPT, SIDES, true>, grid, threads, shared, stream, first);
+        int status = scan(true, grid, threads, shared, first);
         if (status != kOk) return status;
         const dim3 join_grid(static_cast<unsigned>(ceil_div(args.dim * kStates, 256)), static_cast<unsigned>(args.batch),
                              SIDES);
         status = launch(join_chunks_kernel, join_grid, 256, 0, stream, args);
         if (status != kOk) return status;
     }
-    return launch(scan_forward_kernel<T, NPL, CPT, SIDES, false>, grid, threads, shared, stream, args);
+    return scan(false, grid, threads, shared, args);
 }
 
 // Whether every row of a tensor starts on a multiple of two elements, so that pairs of channels load as one word.

@@ -14,7 +14,9 @@ from mamba_ssm_vim.ops.mixer import Direction, cuda, mixer, op
 ROOT = Path(__file__).resolve().parents[4]
 SOURCES = {
     cuda.conv.library: ["causal-conv1d/csrc/cuda/causal_conv1d.cu", "causal-conv1d/csrc/cuda/conv_pair.cu"],
-    cuda.scan.library: ["mamba-1p1p1/csrc/cuda/scan_forward.cu", "mamba-1p1p1/csrc/cuda/scan_backward.cu"],
+    cuda.scan.library: [
+        f"mamba-1p1p1/csrc/cuda/scan_{part}.cu" for part in ("forward", "stream", "backward")
+    ],
 }
 
 

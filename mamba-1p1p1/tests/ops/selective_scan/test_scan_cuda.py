@@ -13,6 +13,11 @@ from mamba_ssm_vim.ops.selective_scan import cuda, reference
 CSRC = Path(__file__).resolve().parents[3] / "csrc" / "cuda"
 
 
+# Bytes per thread that the compiler may keep in local memory. The forward scan's registers are bounded so that six
+# blocks of Vim-Ti's mixer fit a multiprocessor; what gives way is used once per 16 tokens, not in the innermost loop.
+SPILL_LIMIT = {"scan_forward.cu": 256, "scan_stream.cu": 256, "scan_backward.cu": 0}
+
+
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
     """The backend module, its library compiled for the CPU."""
@@ -21,7 +26,7 @@ def emulated(tmp_path_factory):
         pytest.skip("no C++ compiler")
     path = tmp_path_factory.mktemp("cuda") / "libscan.so"
     command = [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", '-DVIM_CUDA_ARCHITECTURES="90"', "-x", "c++"]
-    sources = [str(CSRC / "scan_forward.cu"), str(CSRC / "scan_backward.cu")]
+    sources = [str(CSRC / name) for name in SPILL_LIMIT]
     subprocess.run([*command, *sources, "-o", str(path)], check=True)
     library = cuda.library
     with pytest.MonkeyPatch.context() as patch:
@@ -44,8 +49,8 @@ def inputs(batch, seqlen, dim, dstate, groups, dtype, *, plain=False):
     """Column slices of wider tensors, as the mixer passes them; `plain` leaves out what may be None."""
     torch.manual_seed(0)
     u, delta, z = torch.randn(batch, seqlen, 3 * dim).to(dtype).split(dim, -1)
-    rows = torch.randn(batch, seqlen, 5 + 2 * groups * dstate).to(dtype)
-    B, C = rows[..., 5:].unflatten(-1, (2, groups, dstate)).unbind(2)
+    rows = torch.randn(batch, seqlen, 12 + 2 * groups * dstate).to(dtype)
+    B, C = rows[..., 12:].unflatten(-1, (2, groups, dstate)).unbind(2)
     A = -torch.rand(dim, dstate) * 4 - 0.1
     if plain:
         return [u, delta, A, B, C, None, None, None, None]
@@ -63,6 +68,9 @@ CASES = [
     (1, 5, 3, 8, 1, torch.float32, True),  # fewer tokens than a tile, fewer states than a thread's
     (2, 33, 24, 16, 2, torch.bfloat16, True),
     (1, 32, 9, 5, 1, torch.float16, False),
+    (2, 37, 64, 16, 1, torch.float32, True),  # channels by the 32: tiles by asynchronous copies
+    (1, 51, 32, 16, 1, torch.bfloat16, False),
+    (1, 33, 64, 16, 2, torch.float16, True),
     (1, 40, 20, 24, 1, torch.float32, False),  # a channel over two lanes forward, eight backward
     (1, 20, 20, 64, 1, torch.float32, True),  # four lanes, sixteen
 ]
@@ -100,9 +108,10 @@ def test_without_optional_inputs(emulated, reverse):
             close(actual, expected)
 
 
+@pytest.mark.parametrize("dim", [20, 32])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_long_sequences_are_cut_in_time(emulated, reverse, monkeypatch):
-    tensors = inputs(1, 100, 20, 16, 1, torch.float32)
+def test_long_sequences_are_cut_in_time(emulated, reverse, dim, monkeypatch):
+    tensors = inputs(1, 100, dim, 16, 1, torch.float32)
     flags = {"delta_softplus": True, "reverse": reverse}
     expected, expected_last, _ = reference.forward(*wide(tensors), **flags)
     whole = emulated.forward(*tensors, **flags, save=True)
@@ -119,6 +128,12 @@ def test_both_directions_in_one_launch(emulated):
     check_two_sides(emulated, seqlen=16, dim=260, dtype=torch.float32, cut=0, pairs=False)
     check_two_sides(emulated, seqlen=100, dim=6, dtype=torch.float32, cut=3, pairs=True)
     check_two_sides(emulated, seqlen=50, dim=6, dtype=torch.bfloat16, cut=0, pairs=True)
+
+
+def test_both_directions_by_asynchronous_copies(emulated):
+    check_two_sides(emulated, seqlen=37, dim=32, dtype=torch.float32, cut=0, pairs=True)
+    check_two_sides(emulated, seqlen=70, dim=64, dtype=torch.bfloat16, cut=0, pairs=True)
+    check_two_sides(emulated, seqlen=100, dim=32, dtype=torch.float16, cut=3, pairs=True)
 
 
 def check_two_sides(module, *, seqlen, dim, dtype, cut, pairs):
@@ -200,11 +215,6 @@ def test_declines_what_it_cannot_do(monkeypatch):
     assert "complex" in cuda.why_not(u, A.to(torch.complex64), B, B)
     assert "constant" in cuda.why_not(u, A, A, B)
     assert "128 states" in cuda.why_not(u, torch.zeros(3, 128), B, B)
-
-
-# Bytes per thread that the compiler may keep in local memory. The forward scan's registers are bounded so that six
-# blocks of Vim-Ti's mixer fit a multiprocessor; what gives way is used once per 16 tokens, not in the innermost loop.
-SPILL_LIMIT = {"scan_forward.cu": 256, "scan_backward.cu": 0}
 
 
 @pytest.mark.slow

@@ -1,0 +1,369 @@
+// Selective scan, forward, for 16 states and channels by the 32 (Vim's own shapes): the arithmetic of scan_forward.cu, fed by
+// asynchronous copies of whole tiles into shared memory, so that no register waits for memory.
+//
+// Four lanes share a pair of channels, each with a quarter of its states, and take four tokens at a time. What is per token
+// and channel (softplus, gate, store) a lane does for one token of the four; the others get its step through shared memory.
+// Both directions of a mixer meet in the middle, as scan_forward.cu describes.
+#include <type_traits>
+
+#include "scan_stream.h"
+
+namespace vim {
+namespace {
+
+constexpr int kQuarter = 4;                        // states of a lane
+constexpr int kPairs = 32 / kLanes;                // pairs of channels of a warp
+constexpr int kChannels = kStreamChannels;         // of a block
+constexpr int kStates = kQuarter * kLanes;
+constexpr int kGroups = kTile / kLanes;
+constexpr int kTileElements = kTile * kChannels;   // of a tile of u, delta or z, and of B | C: 2 * kStates is kChannels too
+static_assert(2 * kStates == kChannels);
+
+#ifdef __CUDA_ARCH__
+template <int BYTES>
+VIM_DEVICE void copy_async(void* target, const char* source, bool inside) {
+    const unsigned place = static_cast<unsigned>(__cvta_generic_to_shared(target));
+    // Nothing is read where the size is zero; the rest of the bytes is filled with zeros.
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(place), "l"(source), "n"(BYTES), "r"(inside ? BYTES : 0)
+                 : "memory");
+}
+VIM_DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+#else
+template <int BYTES>
+VIM_DEVICE void copy_async(void* target, const char* source, bool inside) {
+    struct alignas(BYTES) Chunk {
+        char bytes[BYTES];
+    };
+    *static_cast<Chunk*>(target) = inside ? *reinterpret_cast<const Chunk*>(source) : Chunk{};
+}
+VIM_DEVICE void wait_for_copies() {}
+#endif
+
+// A tile's rows lie in the order of the walk. Pieces of 16 bytes change places within some rows, so that the lanes of a warp,
+// which read four rows at once, meet no bank twice.
+template <typename T>
+VIM_HD constexpr int swap_pieces(int row) {
+    return sizeof(T) == 2 ? (row >> 1 & 1) * 2 : (row & 1) * 4;
+}
+
+// Neighbouring elements, taken apart only where they are used: half a word of bfloat16 is one instruction from a float.
+template <typename T, int COUNT>
+struct alignas(sizeof(T) * COUNT) Bundle {
+    uint32_t words[sizeof(T) * COUNT / 4] = {};
+
+    VIM_DEVICE float operator[](int i) const {
+        union {
+            uint32_t bits;
+            float number;
+        } cast;
+        if constexpr (sizeof(T) == 4)
+            cast.bits = words[i];
+        else if constexpr (std::is_same_v<T, BFloat16>)
+            cast.bits = i % 2 != 0 ? words[i / 2] & 0xffff0000u : words[i / 2] << 16;
+        else
+            return to_float(T{static_cast<uint16_t>(i % 2 != 0 ? words[i / 2] >> 16 : words[i / 2])});
+        return cast.number;
+    }
+};
+
+template <typename T>
+struct Tiles {
+    T u[2][kTileElements], delta[2][kTileElements], z[2][kTileElements], bc[2][kTileElements];
+    float4 steps[2][2][32];  // [warp][set][token of four, pair]: step and step * u of both channels
+};
+
+template <typename T, int SIDES, bool STATES_ONLY>
+__global__ void __launch_bounds__(kSideThreads* SIDES, kForwardWarps / SIDES / 2)
+    scan_stream_kernel(const ScanForwardArgs args) {
+    using Pair = Bundle<T, 2>;
+    using Quad = Bundle<T, 4>;
+    constexpr int size = sizeof(T);
+    const int side_index = SIDES == 1 ? 0 : static_cast<int>(threadIdx.x) / kSideThreads;
+    const int thread = static_cast<int>(threadIdx.x) - side_index * kSideThreads;
+    const int warp = thread / 32;
+    const int column = thread % kPairs;    // which pair of the warp's
+    const int part = thread % 32 / kPairs;  // which states of theirs, and which token of each four
+    const ScanSide& side = args.side[SIDES == 1 ? 0 : side_index];
+    const bool reverse = side.reverse != 0;
+    const int dim = static_cast<int>(args.dim);
+    const int first_channel = static_cast<int>(blockIdx.x) * kChannels;
+    const int group = first_channel / (dim / args.groups);
+    const int in_block = (warp * kPairs + column) * 2;
+    const int channel = first_channel + in_block;
+    const int64_t batch = blockIdx.y;
+
+    const int seqlen = static_cast<int>(args.seqlen);
+    const int total_tiles = static_cast<int>(ceil_div(seqlen, kTile));
+    const int chunk_tiles = args.chunk_tiles > 0 ? args.chunk_tiles : total_tiles;
+    const int chunk = blockIdx.z;
+    const int chunks = (total_tiles + chunk_tiles - 1) / chunk_tiles;
+    const int tile_begin = chunk * chunk_tiles;
+    const int tile_end = tile_begin + chunk_tiles < total_tiles ? tile_begin + chunk_tiles : total_tiles;
+    const int tiles = tile_end - tile_begin;
+    const int first_token = reverse ? tile_end * kTile - 1 : tile_begin * kTile;
+    const int onward = reverse ? -1 : 1;
+    auto in_sequence = [&](int t) { return static_cast<unsigned>(t) < static_cast<unsigned>(seqlen); };
+    auto tile_at = [&](int walked) { return reverse ? tile_end - 1 - walked : tile_begin + walked; };
+    auto boundary_row = [&](int tile, int c) {
+        return side.boundaries + ((batch * total_tiles + tile) * dim + channel + c) * kStates + part * kQuarter;
+    };
+    Tiles<T>& shared = reinterpret_cast<Tiles<T>*>(vim_shared_memory)[side_index];
+
+    // What this thread copies of every tile: of u, delta and z, 16 bytes of row `piece_row` (and of the row 8 on, in float32);
+    // of B | C, 8 bytes of every kBcApart-th row.
+    constexpr int kPieces = kChannels * size / 16;  // of a row
+    constexpr int kCopies = kPieces * kTile / kSideThreads;
+    constexpr int kBcPieces = kChannels * size / 8;
+    constexpr int kBcCopies = kBcPieces * kTile / kSideThreads;
+    constexpr int kApart = kTile / kCopies, kBcApart = kTile / kBcCopies;
+    const int piece_row = thread / kPieces, piece = thread % kPieces;
+    const int bc_row = thread / kBcPieces, bc_piece = thread % kBcPieces;
+    const bool is_C = bc_piece >= kBcPieces / 2;
+    const bool gated = args.z != nullptr;
+    auto start = [&](const void* data, int64_t batch_stride, int64_t token_stride, int row, int64_t bytes) {
+        const int64_t elements = batch * batch_stride + (first_token + onward * row) * token_stride;
+        return static_cast<const char*>(data) + elements * size + bytes;
+    };
+    const int64_t piece_bytes = static_cast<int64_t>(first_channel) * size + piece * 16;
+    const char* u = start(side.u, side.u_batch, side.u_token, piece_row, piece_bytes);
+    const char* delta = start(side.delta, side.delta_batch, side.delta_token, piece_row, piece_bytes);
+    const char* z = gated ? start(args.z, args.z_batch, args.z_token, piece_row, piece_bytes) : nullptr;
+    const char* bc = is_C ? start(side.C, side.C_batch, side.C_token, bc_row,
+                                  group * side.C_group * size + (bc_piece - kBcPieces / 2) * 8)
+                          : start(side.B, side.B_batch, side.B_token, bc_row, group * side.B_group * size + bc_piece * 8);
+    auto stride = [&](int64_t token_stride) { return static_cast<int>(token_stride) * onward * size; };
+    const int u_bytes = stride(side.u_token), delta_bytes = stride(side.delta_token), z_bytes = stride(args.z_token);
+    const int bc_bytes = stride(is_C ? side.C_token : side.B_token);
+    const int piece_place = piece_row * kChannels + (piece ^ swap_pieces<T>(piece_row)) * (16 / size);
+    const int bc_place = bc_row * kChannels + bc_piece * (8 / size);
+    int copied = 0;  // tiles
+    auto copy_tile = [&](bool with_z) {
+        const int buffer = copied & 1;
+        const int t = first_token + onward * (copied * kTile + piece_row);
+#pragma unroll
+        for (int k = 0; k < kCopies; ++k) {
+            const bool inside = in_sequence(t + onward * k * kApart);
+            const int place = piece_place + k * kApart * kChannels;
+            copy_async<16>(&shared.u[buffer][place], u + k * kApart * u_bytes, inside);
+            copy_async<16>(&shared.delta[buffer][place], delta + k * kApart * delta_bytes, inside);
+            if (!STATES_ONLY && with_z) copy_async<16>(&shared.z[buffer][place], z + k * kApart * z_bytes, inside);
+        }
+        const int bc_t = first_token + onward * (copied * kTile + bc_row);
+#pragma unroll
+        for (int k = 0; k < kBcCopies; ++k)
+            if (!(STATES_ONLY && is_C))
+                copy_async<8>(&shared.bc[buffer][bc_place + k * kBcApart * kChannels], bc + k * kBcApart * bc_bytes,
+                              in_sequence(bc_t + onward * k * kBcApart));
+        u += kTile * u_bytes;
+        delta += kTile * delta_bytes;
+        if (gated) z += kTile * z_bytes;
+        bc += kTile * bc_bytes;
+        ++copied;
+    };
+
+    // Steps of the walk over tiles; with two sides and an odd number of tiles, side 1 is idle at step 0. The side that comes to
+    // a tile second completes it.
+    const int odd = SIDES == 2 ? tiles % 2 : 0;
+    const int late = side_index == 1 ? odd : 0;
+    const int steps = tiles + odd;
+    auto is_second = [&](int walked) {
+        return SIDES == 2 && walked + late > tiles - 1 - walked + (side_index == 0 ? odd : 0);
+    };
+
+    copy_tile(gated && (SIDES == 1 || is_second(0)));
+
+    float rate[2][kQuarter], state[2][kQuarter], skip[2], bias[2], step_sum[2];
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+        skip[c] = side.D == nullptr ? 0.0f : side.D[channel + c];
+        bias[c] = side.delta_bias == nullptr ? 0.0f : side.delta_bias[channel + c];
+        step_sum[c] = 0.0f;
+#pragma unroll
+        for (int n = 0; n < kQuarter; ++n) {
+            const int index = part * kQuarter + n;
+            rate[c][n] = side.A[(channel + c) * kStates + index] * kLog2E;
+            state[c][n] = 0.0f;
+            if (chunks > 1) {
+                if (!STATES_ONLY) state[c][n] = boundary_row(tile_at(0), c)[n];
+            } else if (side.initial_state != nullptr) {
+                state[c][n] = side.initial_state[(batch * dim + channel + c) * kStates + index];
+            }
+        }
+    }
+
+    const bool added = SIDES == 1 && args.addend != nullptr;
+    auto own_start = [&](const void* data, int64_t batch_stride, int64_t token_stride) {
+        return const_cast<char*>(start(data, batch_stride, token_stride, part, static_cast<int64_t>(channel) * size));
+    };
+    char* out = STATES_ONLY ? nullptr : own_start(args.out, args.out_batch, args.out_token);
+    // What is added to the output: the other side's part of it, or the caller's.
+    const char* onto = SIDES == 2 ? out : added ? own_start(args.addend, args.addend_batch, args.addend_token) : nullptr;
+    const int out_step = stride(args.out_token) * kLanes, onto_step = SIDES == 2 ? out_step : stride(args.addend_token) * kLanes;
+    const int own_place = part * kChannels + ((in_block * size / 16) ^ swap_pieces<T>(part)) * (16 / size) + in_block % (16 / size);
+    float4* const steps_of_column = shared.steps[warp][0] + column;
+    int t = first_token + onward * part;  // this lane's token
+    int slot = 0;
+
+    wait_for_copies();
+    __syncthreads();
+
+    for (int step = 0; step < steps; ++step) {
+        const int walked = step - late;
+        if (walked >= 0 && walked < tiles) {
+            const int buffer = walked & 1;
+            const bool second = is_second(walked);
+            const bool complete = SIDES == 1 || second;
+            if (walked + 1 < tiles) copy_tile(gated && (SIDES == 1 || is_second(walked + 1)));
+            if (args.save != 0) {
+#pragma unroll
+                for (int c = 0; c < 2; ++c)
+                    *reinterpret_cast<float4*>(boundary_row(tile_at(walked), c)) =
+                        float4{state[c][0], state[c][1], state[c][2], state[c][3]};
+            }
+            const T* own_u = shared.u[buffer] + own_place;
+            const T* own_delta = shared.delta[buffer] + own_place;
+            const T* own_z = shared.z[buffer] + own_place;
+            const T* row = shared.bc[buffer] + part * kQuarter;
+#pragma unroll 1
+            for (int g = 0; g < kGroups; ++g) {
+                const bool inside = in_sequence(t);
+                Pair other;
+                if (!STATES_ONLY && inside && (SIDES == 2 ? second : added)) other = *reinterpret_cast<const Pair*>(onto);
+                onto += onto_step;
+                const Pair inputs = *reinterpret_cast<const Pair*>(own_u);
+                const Pair raws = *reinterpret_cast<const Pair*>(own_delta);
+                float dt[2], input[2];
+#pragma unroll
+                for (int c = 0; c < 2; ++c) {
+                    input[c] = inputs[c];
+                    const float raw = raws[c] + bias[c];
+                    const float positive = softplus(raw);
+                    dt[c] = args.softplus != 0 ? positive : raw;
+                    if (!inside) dt[c] = 0.0f;  // past the end the state stays as it is
+                    if (STATES_ONLY) step_sum[c] += dt[c];
+                }
+                // Two sets of steps, in turn: a lane that is ahead by one group overwrites none that another still reads.
+                steps_of_column[slot + part * kPairs] = float4{dt[0], dt[0] * input[0], dt[1], dt[1] * input[1]};
+                __syncwarp();
+                float y[kLanes][2];
+#pragma unroll
+                for (int j = 0; j < kLanes; ++j) {
+                    const float4 now = steps_of_column[slot + j * kPairs];
+                    const Quad b = *reinterpret_cast<const Quad*>(row + j * kChannels);
+                    Quad weight;
+                    if (!STATES_ONLY) weight = *reinterpret_cast<const Quad*>(row + j * kChannels + kStates);
+                    y[j][0] = y[j][1] = 0.0f;
+#pragma unroll
+                    for (int n = 0; n < kQuarter; ++n) {
+                        const float b_n = b[n], weight_n = weight[n];
+                        state[0][n] = advance(state[0][n], now.x, rate[0][n], now.y, b_n);
+                        state[1][n] = advance(state[1][n], now.z, rate[1][n], now.w, b_n);
+                        y[j][0] = fmaf(weight_n, state[0][n], y[j][0]);
+                        y[j][1] = fmaf(weight_n, state[1][n], y[j][1]);
+                    }
+                }
+                slot ^= 32;
+                t += onward * kLanes;
+                own_u += kLanes * kChannels;
+                own_delta += kLanes * kChannels;
+                row += kLanes * kChannels;
+                if (STATES_ONLY) continue;
+                // Lane `part` keeps the sums of token `part`: it gives away the half of the tokens that it does not keep.
+                const bool upper = (part & 2) != 0, odd_part = (part & 1) != 0;
+                float value[2];
+#pragma unroll
+                for (int c = 0; c < 2; ++c) {
+                    float kept[2];
+#pragma unroll
+                    for (int j = 0; j < 2; ++j)
+                        kept[j] = (upper ? y[j + 2][c] : y[j][c]) +
+                                  __shfl_xor_sync(0xffffffffu, upper ? y[j][c] : y[j + 2][c], 2 * kPairs);
+                    value[c] = (odd_part ? kept[1] : kept[0]) +
+                               __shfl_xor_sync(0xffffffffu, odd_part ? kept[0] : kept[1], kPairs);
+                    value[c] = fmaf(skip[c], input[c], value[c]);
+                    if (SIDES == 2) value[c] += other[c];
+                }
+                if (complete && gated) {
+                    const Pair gate = *reinterpret_cast<const Pair*>(own_z);
+#pragma unroll
+                    for (int c = 0; c < 2; ++c) value[c] *= silu(gate[c]);
+                }
+                own_z += kLanes * kChannels;
+                Pack<T, 2> result;
+#pragma unroll
+                for (int c = 0; c < 2; ++c) {
+                    value[c] *= complete ? args.scale : 1.0f;
+                    result.values[c] = from_float<T>(SIDES == 1 ? value[c] + other[c] : value[c]);
+                }
+                if (inside) *reinterpret_cast<Pack<T, 2>*>(out) = result;
+                out += out_step;
+            }
+        }
+        wait_for_copies();
+        __syncthreads();
+    }
+
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+        if (STATES_ONLY) {
+            step_sum[c] += __shfl_xor_sync(0xffffffffu, step_sum[c], kPairs);
+            step_sum[c] += __shfl_xor_sync(0xffffffffu, step_sum[c], 2 * kPairs);
+            // What the chunk reaches from zero goes where the next chunk of the walk looks for the state it enters with.
+            if (part == 0)
+                args.chunk_steps[((side_index * args.batch + batch) * chunks + chunk) * dim + channel + c] = step_sum[c];
+            const int next = reverse ? tile_begin - 1 : tile_end;
+            if (next < 0 || next >= total_tiles) continue;
+#pragma unroll
+            for (int n = 0; n < kQuarter; ++n) boundary_row(next, c)[n] = state[c][n];
+        } else if (side.last_state != nullptr && (reverse ? tile_begin == 0 : tile_end == total_tiles)) {
+#pragma unroll
+            for (int n = 0; n < kQuarter; ++n)
+                side.last_state[(batch * dim + channel + c) * kStates + part * kQuarter + n] = state[c][n];
+        }
+    }
+}
+
+template <typename T, int SIDES>
+int launch_typed(const ScanForwardArgs& args, bool states_only, dim3 grid, void* stream) {
+    const size_t shared = SIDES * sizeof(Tiles<T>);
+    return states_only ? launch(scan_stream_kernel<T, SIDES, true>, grid, kSideThreads * SIDES, shared, stream, args)
+                       : launch(scan_stream_kernel<T, SIDES, false>, grid, kSideThreads * SIDES, shared, stream, args);
+}
+
+template <typename T>
+int launch_sides(const ScanForwardArgs& args, bool states_only, dim3 grid, void* stream) {
+    return args.sides == 1 ? launch_typed<T, 1>(args, states_only, grid, stream)
+                           : launch_typed<T, 2>(args, states_only, grid, stream);
+}
+
+// Whether every row of a tensor starts on a multiple of so many bytes.
+bool aligned(const void* data, int64_t batch_stride, int64_t token_stride, int64_t size, int64_t bytes) {
+    return data == nullptr || (reinterpret_cast<uintptr_t>(data) % bytes == 0 && batch_stride * size % bytes == 0 &&
+                               token_stride * size % bytes == 0);
+}
+
+}  // namespace
+
+bool stream_fits(const ScanForwardArgs& args) {
+    const int64_t size = args.type == kFloat32 ? 4 : 2;
+    bool fit = args.dstate == kStates && args.dim / args.groups % kChannels == 0 &&
+               aligned(args.z, args.z_batch, args.z_token, size, 16) &&
+               aligned(args.addend, args.addend_batch, args.addend_token, size, 2 * size) &&
+               aligned(args.out, args.out_batch, args.out_token, size, 2 * size);
+    for (int i = 0; i < args.sides; ++i) {
+        const ScanSide& side = args.side[i];
+        fit = fit && aligned(side.u, side.u_batch, side.u_token, size, 16) &&
+              aligned(side.delta, side.delta_batch, side.delta_token, size, 16) &&
+              aligned(side.B, side.B_batch, side.B_token, size, 8) && aligned(side.C, side.C_batch, side.C_token, size, 8) &&
+              side.B_group * size % 8 == 0 && side.C_group * size % 8 == 0;
+    }
+    return fit;
+}
+
+int launch_stream(const ScanForwardArgs& args, bool states_only, dim3 grid, void* stream) {
+    if (args.type == kFloat32) return launch_sides<float>(args, states_only, grid, stream);
+    if (args.type == kBFloat16) return launch_sides<BFloat16>(args, states_only, grid, stream);
+    return launch_sides<Float16>(args, states_only, grid, stream);
+}
+
+}  // namespace vim
