@@ -72,4 +72,5 @@ endfunction()
 vim_cuda_library(causal_conv1d_cuda causal_conv1d_vim causal-conv1d/csrc/cuda/causal_conv1d.cu
                  causal-conv1d/csrc/cuda/conv_pair.cu)
 vim_cuda_library(mamba_ssm_cuda mamba_ssm_vim mamba-1p1p1/csrc/cuda/scan_forward.cu
-                 mamba-1p1p1/csrc/cuda/scan_stream.cu mamba-1p1p1/csrc/cuda/scan_backward.cu)
+                 mamba-1p1p1/csrc/cuda/scan_stream.cu mamba-1p1p1/csrc/cuda/scan_backward.cu
+                 mamba-1p1p1/csrc/cuda/mixer_weights.cu)

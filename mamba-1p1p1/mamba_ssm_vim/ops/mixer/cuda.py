@@ -1,15 +1,29 @@
-"""The mixer on NVIDIA GPUs: convolutions, projections, and one launch that scans both directions.
+"""The mixer on NVIDIA GPUs: both convolutions in one launch, batched projections, and one launch for both scans.
 
-Forward: a convolution and two matrix products per direction, then one kernel in which the two directions meet
-in the middle of the sequence, add up, are scaled and gated. Backward is left the low-rank projections and the states
-on entering every 16 tokens; the convolved input and the step are made again.
+Forward: the two directions meet in the middle of the sequence, where their sum is scaled and gated. Backward is left
+the low-rank projections and the states on entering every 16 tokens; the convolved input and the step are made again.
+
+Legend: S directions, B batch, L tokens, E inner channels, N states, R rank of dt, P its padding, K = R + P + 2N.
 """
 
+import ctypes
+
 import torch
-import torch.nn.functional as F
 from causal_conv1d_vim.conv import cuda as conv
+from causal_conv1d_vim.cuda_library import DATA_TYPES, address, int32, int64, pointer
 
 from mamba_ssm_vim.ops.selective_scan import cuda as scan
+
+
+class MixerWeightsArgs(ctypes.Structure):
+    """`vim::MixerWeightsArgs` of csrc/cuda/mixer_weights.cu, field by field."""
+
+    _fields_ = (
+        *((name, pointer * 2) for name in ("x_proj", "dt_proj")),
+        *((name, pointer) for name in ("x_out", "dt_out")),
+        ("dim", int64),
+        *((name, int32) for name in ("rank", "pad", "columns", "sides", "in_type", "out_type")),
+    )
 
 
 def why_not(xz: torch.Tensor, directions: list) -> str | None:
@@ -31,47 +45,66 @@ def why_not(xz: torch.Tensor, directions: list) -> str | None:
         return "the directions have different numbers of states"
     if len({direction.conv_weight.shape[1] for direction in directions}) != 1:
         return "the directions have convolutions of different widths"
+    if len({direction.dt_proj_weight.shape[1] for direction in directions}) != 1:
+        return "the directions have steps of different ranks"
     return None
 
 
-def _by_way(directions: list) -> list:
+def _ways(directions: list) -> list:
     """The directions in the order of the kernels for two: along the tokens, then against them."""
     return sorted(directions, key=lambda direction: direction.reverse)
 
 
-def _convolved(x: torch.Tensor, directions: list) -> list[torch.Tensor]:
-    """SiLU of each direction's convolution of x (B, L, E); two directions share a launch."""
-    if len(directions) == 1:
-        (one,) = directions
-        return [conv.forward(x, one.conv_weight, one.conv_bias, None, silu=True, reverse=one.reverse)]
-    ways = _by_way(directions)
-    both = conv.forward_pair(x, [w.conv_weight for w in ways], [w.conv_bias for w in ways])
-    return [both[int(direction.reverse)] for direction in directions]
+def _convolved(x: torch.Tensor, ways: list) -> torch.Tensor:
+    """SiLU of each direction's convolution of x (B, L, E): (S, B, L, E); two directions share a launch."""
+    if len(ways) == 2:
+        return conv.forward_pair(x, [w.conv_weight for w in ways], [w.conv_bias for w in ways])
+    (way,) = ways
+    return conv.forward(x, way.conv_weight, way.conv_bias, None, silu=True, reverse=way.reverse).unsqueeze(0)
 
 
-def _convolution_gradients(dus: list[torch.Tensor], x: torch.Tensor, directions: list, dx: torch.Tensor) -> list[dict]:
+def _convolution_gradients(du_SBLE: torch.Tensor, x: torch.Tensor, ways: list, dx: torch.Tensor) -> list[dict]:
     """Gradients of each direction's filter and bias; that of x goes to `dx`."""
-    if len(directions) == 1:
-        (one,) = directions
-        _, dweight, dbias, _ = conv.backward(
-            dus[0], x, one.conv_weight, one.conv_bias, None, silu=True, reverse=one.reverse, dx_into=dx
+    if len(ways) == 2:
+        weights, biases = conv.backward_pair(
+            list(du_SBLE), x, [w.conv_weight for w in ways], [w.conv_bias for w in ways], dx
         )
-        return [{"conv_weight": dweight, "conv_bias": dbias}]
-    ways = _by_way(directions)
-    by_way = [du for _, du in sorted(zip((d.reverse for d in directions), dus, strict=True), key=lambda pair: pair[0])]
-    dweights, dbiases = conv.backward_pair(by_way, x, [w.conv_weight for w in ways], [w.conv_bias for w in ways], dx)
-    return [{"conv_weight": dweights[int(d.reverse)], "conv_bias": dbiases[int(d.reverse)]} for d in directions]
+    else:
+        (way,) = ways
+        _, weight, bias, _ = conv.backward(
+            du_SBLE[0], x, way.conv_weight, way.conv_bias, None, silu=True, reverse=way.reverse, dx_into=dx
+        )
+        weights, biases = [weight], [bias]
+    return [{"conv_weight": w, "conv_bias": b} for w, b in zip(weights, biases, strict=True)]
 
 
-def _step(low_rank: torch.Tensor, direction) -> torch.Tensor:
-    """(B, L, R + 2N) → delta (B, L, E), before bias and softplus."""
-    rank = direction.dt_proj_weight.shape[1]
-    return F.linear(low_rank[..., :rank], direction.dt_proj_weight.to(low_rank.dtype))
+def _weights(ways: list, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """x_proj's weights (S, K, E) and dt_proj's (S, E, R + P) in `dtype`.
+
+    P zeros make the rank a multiple of 8, as fast matrix products in 16 bits want their rows.
+    """
+    dim, rank = ways[0].dt_proj_weight.shape
+    columns = ways[0].x_proj_weight.shape[0] - rank
+    sources = [[w.x_proj_weight for w in ways], [w.dt_proj_weight for w in ways]]
+    in_dtype = scan.common_dtype(*sources[0], *sources[1])
+    if in_dtype not in DATA_TYPES:
+        in_dtype = torch.float32
+    x_from, dt_from = ([t.to(in_dtype).contiguous() for t in tensors] for tensors in sources)
+    pad = -rank % 8
+    x_weights = torch.empty(len(ways), rank + pad + columns, dim, dtype=dtype, device=x_from[0].device)
+    dt_weights = torch.empty(len(ways), dim, rank + pad, dtype=dtype, device=x_from[0].device)
+    args = MixerWeightsArgs()
+    for side in range(len(ways)):
+        args.x_proj[side], args.dt_proj[side] = address(x_from[side]), address(dt_from[side])
+    args.x_out, args.dt_out, args.dim = address(x_weights), address(dt_weights), dim
+    args.rank, args.pad, args.columns, args.sides = rank, pad, columns, len(ways)
+    args.in_type, args.out_type = DATA_TYPES[in_dtype], DATA_TYPES[dtype]
+    scan.library.launch("vim_mixer_weights", args, x_weights)
+    return x_weights, dt_weights
 
 
-def _states_in_out(low_rank: torch.Tensor, direction) -> tuple[torch.Tensor, torch.Tensor]:
-    """B and C, (B, L, 1, N) column slices of the low-rank projection (B, L, R + 2N)."""
-    dstate = direction.A.shape[1]
+def _states_in_out(low_rank: torch.Tensor, dstate: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """B and C, (B, L, 1, N) column slices of a low-rank projection (B, L, K)."""
     B, C = low_rank[..., -2 * dstate :].unsqueeze(2).split(dstate, -1)
     return B, C
 
@@ -82,17 +115,21 @@ def forward(xz: torch.Tensor, directions: list, *, scale: float, save: bool) -> 
     out = torch.empty(x.shape, dtype=xz.dtype, device=xz.device)
     if xz.numel() == 0:
         return out, []
-    sides, kept = [], []
-    for direction, u in zip(directions, _convolved(x, directions), strict=True):
-        low_rank = F.linear(u, direction.x_proj_weight.to(xz.dtype))
-        B, C = _states_in_out(low_rank, direction)
+    ways, dstate = _ways(directions), directions[0].A.shape[1]
+    x_weights, dt_weights = _weights(ways, xz.dtype)
+    u_SBLE = _convolved(x, ways)
+    low_SMK = torch.bmm(u_SBLE.flatten(1, 2), x_weights.mT)
+    delta_SBLE = torch.bmm(low_SMK[..., : dt_weights.shape[2]], dt_weights.mT).view(u_SBLE.shape)
+    low_SBLK = low_SMK.view(*u_SBLE.shape[:3], -1)
+    sides = []
+    for way, u, delta, low in zip(ways, u_SBLE, delta_SBLE, low_SBLK, strict=True):
+        B, C = _states_in_out(low, dstate)
         sides.append({
-            "u": u, "delta": _step(low_rank, direction), "A": direction.A, "B": B, "C": C, "D": direction.D,
-            "delta_bias": direction.dt_bias, "initial_state": None, "last_state": None, "reverse": direction.reverse,
+            "u": u, "delta": delta, "A": way.A, "B": B, "C": C, "D": way.D, "delta_bias": way.dt_bias,
+            "initial_state": None, "last_state": None, "reverse": way.reverse,
         })  # fmt: skip
-        kept.append(low_rank)
     boundaries = scan.launch_forward(sides, z, out, delta_softplus=True, scale=scale, save=save)
-    return out, [*kept, *boundaries] if save else []
+    return out, [low_SBLK, *boundaries] if save else []
 
 
 def backward(
@@ -109,28 +146,29 @@ def backward(
     dxz = torch.empty(xz.shape, dtype=xz.dtype, device=xz.device)
     dx, dz = dxz.chunk(2, dim=-1)
     dout = dout.to(xz.dtype)
-    grads, dus = [], []
-    for index, (direction, u) in enumerate(zip(directions, _convolved(x, directions), strict=True)):
-        low_rank, boundaries = saved[index], saved[len(directions) + index]
-        rank = direction.dt_proj_weight.shape[1]
-        delta = _step(low_rank, direction)
-        B, C = _states_in_out(low_rank, direction)
-        dlow_rank = torch.empty_like(low_rank)
-        du, ddelta, dA, _, _, dD, _, dbias, _ = scan.backward(
-            dout, None, u, delta, direction.A, B, C, direction.D, z, direction.dt_bias, None, [boundaries],
-            delta_softplus=True, reverse=direction.reverse, out_scale=scale,
-            dz_into=dz, accumulate_dz=index > 0, dbc_into=_states_in_out(dlow_rank, direction),
+    ways, (rank, dstate) = _ways(directions), (directions[0].dt_proj_weight.shape[1], directions[0].A.shape[1])
+    low_SBLK, *boundaries = saved
+    x_weights, dt_weights = _weights(ways, xz.dtype)
+    wide = dt_weights.shape[2]
+    u_SBLE, low_SMK = _convolved(x, ways), low_SBLK.flatten(1, 2)
+    delta_SBLE = torch.bmm(low_SMK[..., :wide], dt_weights.mT).view(u_SBLE.shape)
+    du_SBLE, ddelta_SBLE, dlow_SBLK = (torch.empty_like(t) for t in (u_SBLE, u_SBLE, low_SBLK))
+    grads = []
+    for index, way in enumerate(ways):
+        B, C = _states_in_out(low_SBLK[index], dstate)
+        _, _, dA, _, _, dD, _, dbias, _ = scan.backward(
+            dout, None, u_SBLE[index], delta_SBLE[index], way.A, B, C, way.D, z, way.dt_bias, None, [boundaries[index]],
+            delta_softplus=True, reverse=way.reverse, out_scale=scale, dz_into=dz, accumulate_dz=index > 0,
+            dbc_into=_states_in_out(dlow_SBLK[index], dstate), du_ddelta_into=(du_SBLE[index], ddelta_SBLE[index]),
         )  # fmt: skip
-        u2, ddelta2, low2, dlow2 = (t.flatten(0, 1) for t in (u, ddelta, low_rank, dlow_rank))
-        dt_weight, x_weight = direction.dt_proj_weight.to(xz.dtype), direction.x_proj_weight.to(xz.dtype)
-        dlow2[:, :rank] = ddelta2 @ dt_weight
-        ddt_weight = ddelta2.t() @ low2[:, :rank]
-        dx_weight = dlow2.t() @ u2
-        du.flatten(0, 1).addmm_(dlow2, x_weight)
-        dus.append(du)
-        grads.append({
-            "x_proj_weight": dx_weight, "dt_proj_weight": ddt_weight, "dt_bias": dbias, "A": dA, "D": dD,
-        })  # fmt: skip
-    for named, more in zip(grads, _convolution_gradients(dus, x, directions, dx), strict=True):
-        named.update(more)
-    return dxz, grads
+        grads.append({"dt_bias": dbias, "A": dA, "D": dD})
+    du_SME, ddelta_SME, dlow_SMK, u_SME = (t.flatten(1, 2) for t in (du_SBLE, ddelta_SBLE, dlow_SBLK, u_SBLE))
+    dlow_SMK[..., :wide] = torch.bmm(ddelta_SME, dt_weights)
+    ddt_weights = torch.bmm(ddelta_SME.mT, low_SMK[..., :wide])
+    dx_weights = torch.bmm(dlow_SMK.mT, u_SME)
+    du_SME.baddbmm_(dlow_SMK, x_weights)
+    convolution = _convolution_gradients(du_SBLE, x, ways, dx)
+    for named, more, ddt, dxw in zip(grads, convolution, ddt_weights, dx_weights, strict=True):
+        named.update(more, dt_proj_weight=ddt[:, :rank], x_proj_weight=torch.cat([dxw[:rank], dxw[wide:]]))
+    by_way = {way.reverse: named for way, named in zip(ways, grads, strict=True)}
+    return dxz, [by_way[direction.reverse] for direction in directions]

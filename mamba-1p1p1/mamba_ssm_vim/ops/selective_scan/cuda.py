@@ -14,7 +14,7 @@ TILE = 16  # tokens between two saved states (kTile in scan.h)
 library = CudaLibrary(
     mamba_ssm_vim.__path__,
     "libmamba_ssm_cuda.so",
-    launchers=["vim_scan_forward", "vim_scan_backward"],
+    launchers=["vim_scan_forward", "vim_scan_backward", "vim_mixer_weights"],
     queries={
         "vim_scan_boundary_floats": [int64, int64, int64, int32],
         "vim_scan_backward_workspace": [int64, int64, int64, int32, int32],
@@ -220,10 +220,11 @@ def forward(
 
 def backward(
     dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, initial_state, saved, *, delta_softplus, reverse,
-    out_scale=1.0, dz_into=None, accumulate_dz=False, dbc_into=None,
+    out_scale=1.0, dz_into=None, accumulate_dz=False, dbc_into=None, du_ddelta_into=None,
 ):  # fmt: skip
     """Gradients of (u, delta, A, B, C, D, z, delta_bias, initial_state).
 
+    du and ddelta go to `du_ddelta_into`, two contiguous (B, L, E) tensors of the inputs' one dtype, if they are given.
     dz goes to `dz_into` (B, L, E), a new tensor if None, and is added onto what is there if `accumulate_dz`. dB and dC
     go to `dbc_into`, two (B, L, G, N) column slices of one contiguous (B, L, ...) tensor, if they are given.
     """
@@ -245,7 +246,7 @@ def backward(
         args.side, _rows(u, dtype), _rows(delta, dtype), A, _rows(B, dtype), _rows(C, dtype), D, delta_bias,
         initial_state, None, saved[0], reverse=reverse,
     )  # fmt: skip
-    du, ddelta = empty(*u.shape, dtype=dtype), empty(*u.shape, dtype=dtype)
+    du, ddelta = du_ddelta_into or (empty(*u.shape, dtype=dtype), empty(*u.shape, dtype=dtype))
     dB, dC = dbc_into or (empty(*B.shape, dtype=dtype), empty(*C.shape, dtype=dtype))
     dA = empty(dim, dstate)
     dD = None if D is None else empty(dim)

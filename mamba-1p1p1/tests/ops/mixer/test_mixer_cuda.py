@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[4]
 SOURCES = {
     cuda.conv.library: ["causal-conv1d/csrc/cuda/causal_conv1d.cu", "causal-conv1d/csrc/cuda/conv_pair.cu"],
     cuda.scan.library: [
-        f"mamba-1p1p1/csrc/cuda/scan_{part}.cu" for part in ("forward", "stream", "backward")
+        f"mamba-1p1p1/csrc/cuda/{name}.cu" for name in ("scan_forward", "scan_stream", "scan_backward", "mixer_weights")
     ],
 }
 
