@@ -1,6 +1,5 @@
 """Runs that are killed, stopped by signals or find a damaged checkpoint end with the bits of an undisturbed run."""
 
-import json
 import os
 import signal
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from vim.analysis.plots import read_log
 from vim.engine import checkpoints
 from vim.errors import UserError
 
@@ -100,8 +100,8 @@ def undisturbed(tree, tmp_path_factory):
 
 def figures(folder):
     """The log's figures of each epoch that do not measure time."""
-    records = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
-    return [{k: v for k, v in r.items() if not k.endswith(("_s", "_per_s")) and "ms" not in k} for r in records]
+    timed = ("_s", "_mib")
+    return [{k: v for k, v in record.items() if not k.endswith(timed)} for record in read_log(folder / "log.txt")]
 
 
 @pytest.mark.slow

@@ -49,7 +49,7 @@ def report(output_dir: Path) -> list[tuple[str, Path]]:
         probabilities.append(logits.softmax(1).cpu())
         targets.append(labels.cpu())
 
-    evaluate(model, loader, args, place, Reporter(None, enabled=False, print_every_steps=1), keep)
+    evaluate(model, loader, args, place, Reporter(None, args, enabled=False), keep)
     confidence, predicted = torch.cat(probabilities).max(1)
     target = torch.cat(targets)
     classes = getattr(eval_set, "classes", [str(k) for k in range(num_classes)])

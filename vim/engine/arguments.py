@@ -10,6 +10,7 @@ from timm.utils import ParseKwargs
 
 from vim.data import BAD_IMAGE, DATA_SETS, FACTORY_PREFIXES, INAT_CATEGORIES
 from vim.engine.checkpoints import parse_interval
+from vim.engine.trackers import TRACKERS, check_trackers
 from vim.errors import UserError
 
 
@@ -189,6 +190,9 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--class-index", default="", metavar="FILE", help="with --eval: the model's class number of each class folder")
     flag("--checkpoint-interval", default="", help="between checkpoints inside an epoch: 500 (steps) or 10min")
     flag("--print-every-steps", type=int, default=50, help="steps between lines of the log")
+    flag("--trackers", nargs="+", default=["tensorboard"], choices=TRACKERS, help="where figures go beside log.txt")
+    flag("--project", default="vision-mamba", help="project of Weights & Biases, experiment of MLflow")
+    switch("histograms", "--histograms", None, False, "weights and gradients of each epoch to the trackers")
     flag("--keep-every-epochs", type=int, default=0, help="also keep the checkpoint of every N-th epoch")
     return parser
 
@@ -263,6 +267,7 @@ def parse_args(argv: list[str] | None = None, defaults: dict[str, Any] | None = 
     if args.if_amp and args.amp_dtype is None:
         args.amp_dtype = "bfloat16"
     parse_interval(args.checkpoint_interval)
+    check_trackers(args)
     positive = {"batch_size": 1, "epochs": 0, "input_size": 1, "num_workers": 0, "warmup_epochs": 0, "recount": 1,
                 "grad_accum_steps": 1, "start_epoch": 0, "keep_every_epochs": 0}  # fmt: skip
     for name, least in positive.items():
@@ -276,6 +281,8 @@ def parse_args(argv: list[str] | None = None, defaults: dict[str, Any] | None = 
         raise UserError(f"--clip-grad is {args.clip_grad}, expected a number above 0, or leave it out")
     if args.layer_decay is not None and not 0 < args.layer_decay <= 1:
         raise UserError(f"--layer-decay is {args.layer_decay}, expected a number in (0, 1]")
+    if args.fsdp and args.histograms:
+        raise UserError("--histograms needs whole parameters, and --fsdp shards them: leave one of them out")
     if args.fsdp and (args.amp_dtype == "float16" or args.clip_mode == "agc" or args.model_ema_force_cpu):
         raise UserError("--fsdp goes with neither --amp-dtype float16, --clip-mode agc nor --model-ema-force-cpu")
     if (args.per_class_csv or args.class_index) and not args.eval:

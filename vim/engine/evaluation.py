@@ -4,8 +4,9 @@ import argparse
 import csv
 import json
 import time
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +22,29 @@ from vim.errors import UserError
 Keep = Callable[[torch.Tensor, torch.Tensor], None]
 
 
+def _batches(
+    loader: Iterable[tuple[torch.Tensor, torch.Tensor]], args: argparse.Namespace, place: Place
+) -> Iterator[tuple[torch.Tensor, torch.Tensor] | None]:
+    """The loader's batches, without images that could not be read, as if they were not there.
+
+    Where all processes gather shards together, None for as long as another process has a batch.
+    """
+    iterator = iter(loader)
+    while True:
+        batch = next(iterator, None)
+        left = batch is not None
+        if not (largest_over_ranks(int(left), place) if args.fsdp else left):
+            return
+        if batch is not None and not (good := batch[1] != LEFT_OUT).all():
+            batch = (batch[0][good], batch[1][good]) if good.any() else None
+        if batch is not None or args.fsdp:
+            yield batch
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    loader: Sized,
+    loader: Any,
     args: argparse.Namespace,
     place: Place,
     reporter: Reporter,
@@ -50,13 +70,12 @@ def evaluate(
     options = model_options(args, model)
     sums = torch.zeros(5, dtype=torch.float64)
     reporter.start("evaluate", len(loader))
-    begun, batches = time.perf_counter(), 0
-    for images, targets in loader:
-        # Images that could not be read count as if they were not there.
-        if (targets == LEFT_OUT).any():
-            images, targets = images[targets != LEFT_OUT], targets[targets != LEFT_OUT]
-        if len(targets) == 0:
+    begun = time.perf_counter()
+    for batch in _batches(loader, args, place):
+        if batch is None:
+            model(torch.zeros((1, args.in_chans, args.input_size, args.input_size), device=place.device), **options)
             continue
+        images, targets = batch
         # Shards are gathered by all processes together, so there none may leave alone.
         if stop_requested() and not args.fsdp:
             sums[4] = 1
@@ -64,7 +83,6 @@ def evaluate(
         images, targets = images.to(place.device, non_blocking=True), targets.to(place.device, non_blocking=True)
         with autocast(args, place):
             logits = model(images, **options)
-        batches += 1
         logits = logits.float() if columns is None else logits.float()[:, columns]
         loss = F.cross_entropy(logits, targets, reduction="sum")
         top1, top5 = accuracy(logits, targets, topk=(1, min(5, logits.shape[1])))
@@ -74,10 +92,6 @@ def evaluate(
         reporter.step(loss=loss.item() / count, images=count * place.world_size)
         if keep is not None:
             keep(logits, targets)
-    if args.fsdp:
-        shape = (1, args.in_chans, args.input_size, args.input_size)
-        for _ in range(largest_over_ranks(batches, place) - batches):
-            model(torch.zeros(shape, device=place.device), **options)
     reporter.finish()
     sums = sum_over_ranks(sums, place).cpu()
     if sums[4] > 0:

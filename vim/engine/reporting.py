@@ -1,43 +1,71 @@
-"""What a run tells: a live bar or plain lines, and JSON lines and TensorBoard events in the output folder."""
+"""What a run tells: a live bar or plain lines, its log in the output folder, trackers, and a summary at the end."""
 
+import argparse
 import json
 import logging
+import resource
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+
+from vim.data.transforms import normalisation
+from vim.engine.trackers import build_trackers, picture
 
 _logger = logging.getLogger("vision_mamba")
+
+
+def memory_mib(device: torch.device) -> float:
+    """Largest memory so far in MiB: the tensors' on a GPU, the whole process's on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes there, KiB elsewhere
 
 
 class Reporter:
     """Progress of a run, from the main process only.
 
     Args:
-        output_dir: folder for `log.txt` (JSON lines, one per epoch) and TensorBoard's events; None writes no files.
+        output_dir: folder for `log.txt` (JSON lines, one per epoch), `run.log` (plain lines) and the trackers' files;
+            None writes no files.
+        args: parsed flags.
         enabled: false in all processes but the main one.
-        print_every_steps: steps between plain lines where standard error is no terminal.
+        first_step: updates that the run has behind it already.
     """
 
-    def __init__(self, output_dir: Path | None, *, enabled: bool, print_every_steps: int) -> None:
-        self._enabled, self._every = enabled, max(1, print_every_steps)
-        self._log_path = output_dir / "log.txt" if output_dir is not None and enabled else None
-        self._writer = None
-        if self._log_path is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(output_dir / "tensorboard"))
+    def __init__(
+        self, output_dir: Path | None, args: argparse.Namespace, *, enabled: bool, first_step: int = 0
+    ) -> None:
+        self._enabled, self._every, self._args = enabled, max(1, args.print_every_steps), args
+        self._folder = output_dir if enabled else None
+        self._trackers = build_trackers(output_dir, args, first_step) if enabled and not args.eval else []
+        self._file: logging.FileHandler | None = None
+        if self._folder is not None:
+            self._file = logging.FileHandler(self._folder / "run.log")
+            self._file.setFormatter(logging.Formatter("%(asctime)s  %(message)s"))
+            _logger.addHandler(self._file)
+            if _logger.level == logging.NOTSET:
+                # A caller that set up no logging still gets the file's lines.
+                _logger.setLevel(logging.INFO)
         self._live = enabled and sys.stderr.isatty()
         self._progress: Progress | None = None
         self._task: Any = None
+        self._records: list[dict[str, Any]] = []
+        self._started = time.perf_counter()
+        self._samples_shown = first_step > 0
 
     def start(self, label: str, total: int, done: int = 0) -> None:
         """Begin a pass of `total` steps, `done` of them already behind."""
         self._label, self._total, self._done = label, total, done
         self._begun, self._first = time.perf_counter(), done
+        self._images, self._waited = 0, 0.0
         if self._live:
             self._progress = Progress(
                 TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
@@ -46,25 +74,72 @@ class Reporter:
             self._progress.start()
             self._task = self._progress.add_task(label, total=total, completed=done, note="")
 
-    def step(self, *, loss: float, images: int, lr: float | None = None) -> None:
-        """One step done.
+    def step(
+        self, *, loss: float, images: int, steps: int = 1, train: dict[str, float] | None = None, waited: float = 0.0,
+        at: int = 0,
+    ) -> None:  # fmt: skip
+        """Some steps done.
 
         Args:
-            loss: its loss.
-            images: images of the step over all processes.
-            lr: learning rate, if it is a training step.
+            loss: their loss.
+            images: their images, over all processes.
+            steps: how many.
+            train: further figures of a training step by name, "lr" among them.
+            waited: seconds that this process waited for their data.
+            at: updates of the whole run so far, for the trackers.
         """
-        self._done += 1
+        before = self._done
+        self._done, self._images, self._waited = self._done + steps, self._images + images, self._waited + waited
         if not self._enabled:
             return
-        seconds = time.perf_counter() - self._begun
-        rate = images * (self._done - self._first) / max(seconds, 1e-9)
-        note = f"loss {loss:.4f}  {rate:,.0f} images/s" + ("" if lr is None else f"  lr {lr:.2e}")
+        seconds = max(time.perf_counter() - self._begun, 1e-9)
+        rate, done = self._images / seconds, self._done - self._first
+        note = f"loss {loss:.4f}  {rate:,.0f} images/s"
+        if train is not None:
+            # What the loader gives by itself: near the rate of the whole, the device starves.
+            loader = f"{self._images / self._waited:,.0f} images/s" if self._waited > 1e-3 else "no wait"
+            note += f"  step {1e3 * seconds / done:.0f} ms  loader {loader}  lr {train['lr']:.2e}"
         if self._progress is not None:
-            self._progress.update(self._task, advance=1, note=note)
-        elif self._done % self._every == 0 or self._done == self._total:
-            left = seconds / (self._done - self._first) * (self._total - self._done)
-            _logger.info("%s  %d/%d  %s  %.0f s left", self._label, self._done, self._total, note, left)
+            self._progress.update(self._task, advance=steps, note=note)
+        if self._done // self._every > before // self._every or self._done >= self._total:
+            left = seconds / done * max(self._total - self._done, 0)
+            self._line(f"{self._label}  {self._done}/{self._total}  {note}  {left:.0f} s left")
+            if train is not None:
+                figures = {
+                    "loss": loss, "images_per_s": rate, "step_ms": 1e3 * seconds / done,
+                    "data_wait_ms": 1e3 * self._waited / done, **train,
+                }  # fmt: skip
+                self._track({f"step/{k}": v for k, v in figures.items()}, at)
+
+    def _line(self, text: str) -> None:
+        if not self._live:
+            _logger.info(text)
+        elif self._file is not None:
+            # Beside a live bar, lines go to the file alone.
+            self._file.emit(_logger.makeRecord(_logger.name, logging.INFO, "", 0, text, (), None))
+
+    def _track(self, values: dict[str, float], step: int) -> None:
+        for tracker in self._trackers:
+            tracker.scalars(values, step)
+
+    def samples(self, images: torch.Tensor) -> None:
+        """Show the run's first training batch (B, C, H, W), as the model gets it, to the trackers; once."""
+        if self._samples_shown or not self._trackers:
+            return
+        self._samples_shown = True
+        shown = picture(images, *normalisation(self._args.in_chans))
+        for tracker in self._trackers:
+            tracker.image("samples", shown, 0)
+
+    def histograms(self, model: nn.Module, epoch: int) -> None:
+        """Weights and their last gradients, with `--histograms`."""
+        if not self._args.histograms:
+            return
+        for tracker in self._trackers:
+            for name, parameter in model.named_parameters():
+                tracker.histogram(f"weights/{name}", parameter.detach(), epoch)
+                if parameter.grad is not None:
+                    tracker.histogram(f"gradients/{name}", parameter.grad, epoch)
 
     def finish(self) -> None:
         """End the pass that `start` began."""
@@ -73,24 +148,56 @@ class Reporter:
             self._progress = None
 
     def epoch(self, record: dict[str, Any]) -> None:
-        """Append one epoch's figures to the log and to TensorBoard.
+        """Append one epoch's figures to the log and to the trackers.
 
         Args:
             record: plain values, with the epoch under "epoch".
         """
         if not self._enabled:
             return
-        if self._log_path is not None:
-            with self._log_path.open("a") as file:
+        self._records.append(record)
+        if self._folder is not None:
+            with (self._folder / "log.txt").open("a") as file:
                 file.write(json.dumps(record) + "\n")
-        if self._writer is not None:
-            for name, value in record.items():
-                if name != "epoch" and isinstance(value, int | float):
-                    self._writer.add_scalar(name, value, record["epoch"])
-            self._writer.flush()
+        numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
+        self._track(numbers, record["epoch"])
+        _logger.info(
+            "epoch %d/%d  loss %.4f  test loss %.4f  top-1 %.2f %%  top-5 %.2f %%  best %.2f %%  %.0f images/s",
+            record["epoch"] + 1, self._args.epochs, record["train_loss"], record["test_loss"], record["test_acc1"],
+            record["test_acc5"], record["best_acc1"], record["train_images_per_s"],
+        )  # fmt: skip
+
+    def summary(self) -> None:
+        """Say what the epochs of this process came to."""
+        if not self._enabled or not self._records:
+            return
+        records, last = self._records, self._records[-1]
+        seconds, trained, waited = (
+            time.perf_counter() - self._started,
+            *(sum(r[k] for r in records) for k in ("train_s", "train_data_wait_s")),
+        )
+        rate = sum(r["train_images_per_s"] * r["train_s"] for r in records) / max(trained, 1e-9)
+        lines = [
+            f"{len(records)} epochs in {timedelta(seconds=round(seconds))}: {trained:.0f} s of training at {rate:,.0f} "
+            f"images/s, {waited:.0f} s of them waiting for data",
+            f"top-1 {last['test_acc1']:.2f} % at the end, best {last['best_acc1']:.2f} %",
+        ]
+        if "ema_test_acc1" in last:
+            lines[-1] += f", averaged weights {last['ema_test_acc1']:.2f} %"
+        lines.append(
+            f"{last['train_memory_mib']:,.0f} MiB of memory, {last['skipped_updates']} updates skipped, "
+            f"{last['bad_images']} bad images"
+        )
+        if self._folder is not None:
+            lines.append(f"checkpoints and log in {self._folder}")
+        for line in lines:
+            _logger.info("done: %s", line)
 
     def close(self) -> None:
         """End the pass and close the files."""
         self.finish()
-        if self._writer is not None:
-            self._writer.close()
+        for tracker in self._trackers:
+            tracker.close()
+        if self._file is not None:
+            _logger.removeHandler(self._file)
+            self._file.close()

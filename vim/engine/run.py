@@ -96,7 +96,8 @@ def run(argv: list[str] | None = None) -> dict[str, float]:
     elif checkpoint is not None:
         _logger.warning("the checkpoint holds no run of this project: its weights are loaded, the run starts afresh")
     output_dir = _output_dir(args, place)
-    reporter = Reporter(output_dir, enabled=place.is_main, print_every_steps=args.print_every_steps)
+    done = state.epoch * len(train_loader) + state.step
+    reporter = Reporter(output_dir, args, enabled=place.is_main, first_step=done)
     try:
         with _stopping_on_signals(state):
             return _train(state, train_loader, eval_loader, objective, args, place, reporter, output_dir)
@@ -164,13 +165,10 @@ def _train(
         state.best = max(state.best, tested["test_acc1"])
         bad = sum(count_bad_images(loader.dataset, place) for loader in (train_loader, eval_loader))
         record = {"epoch": epoch, **trained, **tested, "best_acc1": state.best, "bad_images": bad}
-        keeper.save_epoch(state, improved=improved)
-        _logger.info(
-            "epoch %d/%d  loss %.4f  test loss %.4f  top-1 %.2f %%  top-5 %.2f %%  best %.2f %%  %.0f images/s",
-            epoch + 1, args.epochs, record["train_loss"], record["test_loss"], record["test_acc1"],
-            record["test_acc5"], state.best, record["train_images_per_s"],
-        )  # fmt: skip
+        # The line first: a run killed in between writes it again, which readers of the log allow for.
         reporter.epoch(record)
+        keeper.save_epoch(state, improved=improved)
+    reporter.summary()
     return record
 
 
@@ -197,7 +195,7 @@ def _evaluate_only(
     args: argparse.Namespace,
     place: Place,
 ) -> dict[str, float]:
-    reporter = Reporter(None, enabled=place.is_main, print_every_steps=args.print_every_steps)
+    reporter = Reporter(None, args, enabled=place.is_main)
     data = eval_loader.dataset
     names = getattr(data, "classes", range(len(columns) if columns else model.num_classes))
     per_class = PerClass([str(name) for name in names]) if args.per_class_csv else None

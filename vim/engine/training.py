@@ -17,7 +17,7 @@ from vim.data.loaders import TrainLoader
 from vim.engine.checkpoints import Keeper
 from vim.engine.distributed import Place, sum_over_ranks, without_gradient_exchange
 from vim.engine.losses import Objective
-from vim.engine.reporting import Reporter
+from vim.engine.reporting import Reporter, memory_mib
 from vim.engine.state import TrainState
 from vim.errors import UserError
 from vim.models import VisionMamba
@@ -59,7 +59,7 @@ def train_one_epoch(
 
     Returns:
         Mean loss and gradient norm of its updates, learning rate, images per second, seconds, of them seconds spent
-        waiting for data, and on a GPU the largest memory in MiB; None if a stop was requested before the end.
+        waiting for data, and the largest memory in MiB; None if a stop was requested before the end.
 
     Raises:
         UserError: a loss or gradient is not finite, unless `--if_continue_inf`.
@@ -74,7 +74,7 @@ def train_one_epoch(
     lr = max(group["lr"] for group in state.optimizer.param_groups)
     while state.step < steps:
         group = min(args.grad_accum_steps, steps - state.step)
-        loss, seconds = _accumulate(state, batches, group, objective, args, place)
+        loss, seconds = _accumulate(state, batches, group, objective, args, place, reporter)
         waited += seconds
         norm = _clip(state, args)
         loss, norm, stop, save = _agree(loss, norm, state.stop_requested, keeper.due(group), group, place)
@@ -88,21 +88,21 @@ def train_one_epoch(
                 state.scaler.update()
         else:
             _stop_not_finite(state, loss, norm, group, loader, args, place, keeper)
-        for k in range(group):
-            images = args.batch_size * place.world_size
-            images_seen += images
-            reporter.step(loss=loss, images=images, lr=lr if k == group - 1 else None)
+        images = group * args.batch_size * place.world_size
+        images_seen += images
         state.step += group
+        reporter.step(
+            loss=loss, images=images, steps=group, waited=seconds, at=state.epoch * steps + state.step,
+            train={"lr": lr, "grad_norm": norm, "memory_mib": memory_mib(place.device)},
+        )  # fmt: skip
         if stop:
             reporter.finish()
             return None
         if save:
             keeper.save(state)
     reporter.finish()
+    reporter.histograms(state.model, state.epoch)
     seconds = time.perf_counter() - begun
-    memory = {}
-    if place.device.type == "cuda":
-        memory["train_memory_mib"] = torch.cuda.max_memory_allocated(place.device) / 2**20
     return {
         "train_loss": state.loss_sum / max(state.updates, 1),
         "train_grad_norm": state.norm_sum / max(state.updates, 1),
@@ -110,8 +110,8 @@ def train_one_epoch(
         "train_images_per_s": images_seen / seconds,
         "train_s": seconds,
         "train_data_wait_s": waited,
+        "train_memory_mib": memory_mib(place.device),
         "skipped_updates": state.skipped,
-        **memory,
     }
 
 
@@ -122,6 +122,7 @@ def _accumulate(
     objective: Objective,
     args: argparse.Namespace,
     place: Place,
+    reporter: Reporter,
 ) -> tuple[torch.Tensor, float]:
     """Gradients of the mean loss of the next `group` batches; gives that loss and the seconds of waiting for data."""
     state.optimizer.zero_grad()
@@ -131,6 +132,7 @@ def _accumulate(
         tick = time.perf_counter()
         images, targets = next(batches)
         waited += time.perf_counter() - tick
+        reporter.samples(images)
         # Mixup, dropout and stochastic depth draw from these, so a resumed step is the same step.
         seed_all(args.seed, _STEP_STREAM, state.epoch, state.step + k, place.rank)
         images, targets = images.to(place.device, non_blocking=True), targets.to(place.device, non_blocking=True)
