@@ -80,12 +80,11 @@ class _FusedMixer(torch.autograd.Function):
     """A backend's fused mixer; the tensors of the directions are passed flat, in the order of `_FIELDS`."""
 
     @staticmethod
-    def forward(ctx, module, xz, scale, save, reverses, *tensors):
+    def forward(ctx, module, xz, scale, reverses, *tensors):
         directions = _FusedMixer._directions(reverses, tensors)
-        out, saved = module.forward(xz, directions, scale=scale, save=save)
-        if save:
-            ctx.module, ctx.scale, ctx.reverses = module, scale, reverses
-            ctx.save_for_backward(xz, *tensors, *saved)
+        out, saved = module.forward(xz, directions, scale=scale, save=True)
+        ctx.module, ctx.scale, ctx.reverses = module, scale, reverses
+        ctx.save_for_backward(xz, *tensors, *saved)
         return out
 
     @staticmethod
@@ -101,7 +100,7 @@ class _FusedMixer(torch.autograd.Function):
             for name in _FIELDS
             for value in (getattr(direction, name),)
         ]
-        return None, dxz, None, None, None, *flat
+        return None, dxz, None, None, *flat
 
     @staticmethod
     def _directions(reverses, tensors):
@@ -159,9 +158,10 @@ def mixer(xz: torch.Tensor, directions: list[Direction], *, scale: float = 1.0) 
     _check(xz, directions)
     if (module := _fused(xz, directions)) is not None:
         tensors = [getattr(direction, name) for direction in directions for name in _FIELDS]
-        save = recording(xz, *tensors)
         with torch.autocast(xz.device.type, enabled=False):
-            return _FusedMixer.apply(module, xz, scale, save, tuple(d.reverse for d in directions), *tensors)
+            if recording(xz, *tensors):
+                return _FusedMixer.apply(module, xz, scale, tuple(d.reverse for d in directions), *tensors)
+            return module.forward(xz, directions, scale=scale, save=False)[0]
     x, z = xz.chunk(2, dim=-1)
     # The projections run in xz's dtype whatever autocast would choose for them, as a fused kernel does.
     with torch.autocast(xz.device.type, enabled=False):
