@@ -42,6 +42,9 @@ class OpBackends:
     def pick(self, *args: torch.Tensor | None) -> str:
         """Name of the backend for a call with these tensors (the arguments of the modules' `why_not`)."""
         # Of small calls on a CPU the choice is a visible share, so a tensor there does not ask the GPU's backends.
-        forced = forced_backend()
-        names = self._without_gpu if forced is None and args[0].is_cpu else self._names
+        forced, names = forced_backend(), self._names
+        if forced is None and args[0].is_cpu:
+            names = self._without_gpu
+            if self.module(names[0]).why_not(*args) is None:
+                return names[0]
         return choose(self.op, names, lambda name: self.module(name).why_not(*args), forced)

@@ -1,4 +1,4 @@
-"""Every Python block of docs/operators.md runs, each in a process of its own since one of them changes imports."""
+"""Every Python block of docs/operators.md runs; the first in its own process, since it changes what imports mean."""
 
 import re
 import subprocess
@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-BLOCKS = re.findall(
-    r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs/operators.md").read_text(), flags=re.DOTALL
-)
+DOCUMENT = (Path(__file__).parents[2] / "docs/operators.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", DOCUMENT, flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_block_runs(number):
-    result = subprocess.run([sys.executable, "-c", BLOCKS[number]], capture_output=True, text=True)
+@pytest.mark.parametrize("blocks", [BLOCKS[:1], BLOCKS[1:]], ids=["compat", "others"])
+def test_blocks_run(blocks):
+    assert len(BLOCKS) == 5
+    code = "\n".join(f"exec({block!r}, {{}})" for block in blocks)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

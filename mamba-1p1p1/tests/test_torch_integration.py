@@ -41,9 +41,11 @@ def test_opcheck_scan(randn, reverse, optional, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("optional", [True, False])
-@pytest.mark.parametrize("reverse", [True, False])
-def test_opcheck_convolution(randn, reverse, optional, dtype):
+@pytest.mark.parametrize(("reverse", "channel_first"), [(True, False), (False, False), (False, True)])
+def test_opcheck_convolution(randn, reverse, channel_first, optional, dtype):
     x, weight = randn(BATCH, SEQLEN, DIM, dtype=dtype), randn(DIM, WIDTH)
+    if channel_first:
+        x = x.transpose(1, 2).contiguous().transpose(1, 2)
     rest = (randn(DIM), randn(BATCH, WIDTH - 1, DIM, dtype=dtype)) if optional else (None, None)
     torch.library.opcheck(OPS.causal_conv1d.default, (*leaves(x, weight, *rest), True, reverse))
     dout = randn(BATCH, SEQLEN, DIM, dtype=dtype)

@@ -111,12 +111,12 @@ def forward(
     out = accumulate_into
     if out is None:
         out = u.new_empty((batch, seqlen, dim), dtype=out_dtype)
-    last_state = torch.empty((batch, dim, states))
+    last_state = u.new_empty((batch, dim, states), dtype=torch.float32)
     saved = None
     if save:
         groups = B.shape[2] if B.dim() == 4 else C.shape[2] if C.dim() == 4 else 1
         blocks = groups * -(-dim // groups // BLOCK)
-        saved = torch.empty((batch, -(-seqlen // CHUNK), blocks, states, BLOCK))
+        saved = u.new_empty((batch, -(-seqlen // CHUNK), blocks, states, BLOCK), dtype=torch.float32)
     if last_state.numel():
         packed, _alive = _scan_args(
             u, delta, A, B, C, D, z, delta_bias, initial_state, dt_weight, out, last_state, saved,

@@ -116,18 +116,16 @@ def _check(u, delta, A, B, C, D, z, delta_bias, initial_state) -> None:
                 f"{name} must be (batch, seqlen, groups, dstate) or (dim, dstate), got {tuple(size)} "
                 f"for u {tuple(shape)} and A {tuple(of_a)}"
             )
-    for name, t, expected in (
-        ("D", D, (dim,)),
-        ("delta_bias", delta_bias, (dim,)),
-        ("z", z, shape),
-        ("initial_state", initial_state, (batch, dim, of_a[1])),
-    ):
-        if t is not None and t.shape != expected:
-            raise ValueError(f"{name} must be {tuple(expected)}, got {tuple(t.shape)}")
     on_cpu, dtype = u.is_cpu, u.dtype
-    for name, t in (("delta", delta), ("A", A), ("B", B), ("C", C), ("D", D), ("z", z), ("delta_bias", delta_bias),
-                    ("initial_state", initial_state)):  # fmt: skip
-        if t is not None and t.is_cpu is not on_cpu:
+    for name, t, expected in (
+        ("delta", delta, None), ("A", A, None), ("B", B, None), ("C", C, None), ("D", D, (dim,)), ("z", z, shape),
+        ("delta_bias", delta_bias, (dim,)), ("initial_state", initial_state, (batch, dim, of_a[1])),
+    ):  # fmt: skip
+        if t is None:
+            continue
+        if expected is not None and t.shape != expected:
+            raise ValueError(f"{name} must be {tuple(expected)}, got {tuple(t.shape)}")
+        if t.is_cpu is not on_cpu:
             raise ValueError(f"all tensors must be on one device: u is on {u.device}, {name} on {t.device}")
     for name, t in (("delta", delta), ("z", z)):
         if t is not None and t.dtype is not dtype and torch.float64 in (dtype, t.dtype):
