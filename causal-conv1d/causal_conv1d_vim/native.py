@@ -77,7 +77,13 @@ class Library:
         _keep_freed_memory()
 
     def function(self, name: str) -> Callable[[bytes], None]:
-        """The C function `name`, to be called with the bytes of its argument struct; it raises if there is none."""
+        """The C function `name`, to be called with the bytes of its argument struct.
+
+        Without a library calls raise its reason.
+
+        Raises:
+            BackendError: the library was compiled from sources of another version.
+        """
         if self._library is None:
             reason = self.reason
 
@@ -85,7 +91,13 @@ class Library:
                 raise RuntimeError(reason)
 
             return unavailable
-        function = getattr(self._library, name)
+        try:
+            function = getattr(self._library, name)
+        except AttributeError:
+            raise BackendError(
+                f"the native CPU library {self._library._name} lacks {name}: it was compiled from other sources than "
+                "these; install again (pip install -e ., or scripts/build_native.sh)"
+            ) from None
         function.argtypes = [ctypes.c_char_p]
         function.restype = None
         return function

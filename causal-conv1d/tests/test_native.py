@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from causal_conv1d_vim import native
+from causal_conv1d_vim.backend import BackendError
 from causal_conv1d_vim.conv import cpu
 
 needs_library = pytest.mark.skipif(cpu.library.reason is not None, reason=str(cpu.library.reason))
@@ -29,6 +30,12 @@ def test_broken_library_is_a_reason_and_not_a_crash(tmp_path):
     (tmp_path / "_native" / "libvim_conv.so").write_bytes(b"not a library")
     (tmp_path / "_native" / "libvim_conv.dylib").write_bytes(b"not a library")
     assert "does not load" in native.Library("vim_conv", [str(tmp_path)]).reason
+
+
+@needs_library
+def test_library_of_other_sources_says_to_install_again():
+    with pytest.raises(BackendError, match=r"lacks vim_no_such_kernel.*install again"):
+        cpu.library.function("vim_no_such_kernel")
 
 
 def run_with(isa: str, code: str) -> subprocess.CompletedProcess:
