@@ -1,5 +1,8 @@
 """Every registered model: size, names, and timm's contract on small images."""
 
+import copy
+import importlib
+
 import pytest
 import timm
 import torch
@@ -69,6 +72,35 @@ def test_contract(name):
     assert len(model.layers) == 2
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_pruned_models_keep_their_taps(name):
+    """Pruning and stopping early change no tap, leave no parameter unused, and without pruning nothing changes."""
+    torch.manual_seed(0)
+    size = 16 if "nano" in name else 64
+    model = timm.create_model(name, depth=3, img_size=size, drop_path_rate=0.1).eval()
+    x = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        taps = model.forward_intermediates(x, intermediates_only=True)
+        whole = copy.deepcopy(model)
+        assert whole.prune_intermediate_layers([2], prune_head=False) == [2]
+        assert torch.equal(whole(x), model(x))
+    for i in range(3):
+        with torch.no_grad():
+            early = model.forward_intermediates(x, indices=[i], stop_early=True, intermediates_only=True)
+            assert torch.equal(early[0], taps[i])
+        pruned = copy.deepcopy(model)
+        take = pruned.prune_intermediate_layers([i], prune_norm=True)
+        assert len(pruned.layers) == i + 1
+        with torch.no_grad():
+            final, maps = pruned.forward_intermediates(x, indices=take)
+        assert torch.equal(maps[0], taps[i])
+        # Without a norm the features end at the tap.
+        patches = split_class_tokens(final, class_positions(model.class_token, model.patch_embed.num_patches))[1]
+        assert torch.equal(patches.transpose(1, 2).unflatten(2, model.patch_embed.grid_size), taps[i])
+        pruned.train().forward_features(x).sum().backward()
+        assert all(p.grad is not None for p in pruned.parameters())
+
+
 def test_features_only():
     model = timm.create_model("vim_nano_patch4_32", features_only=True, out_indices=(1, 3, 5))
     maps = model(torch.randn(1, 3, 32, 32))
@@ -101,3 +133,66 @@ def test_rotary_model_at_another_grid():
     expected = model(x)
     model.set_input_size((16, 40))
     torch.testing.assert_close(model(x), expected)
+
+
+OPTIONS = {
+    "v2": {},
+    "v1, layer scale": {"bimamba_type": "v1", "init_layer_scale": 0.1},
+    "one direction, LayerNorm, rotary": {"bimamba_type": "none", "rms_norm": False, "if_rope": True},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_init_weights_after_to_empty(options):
+    """A model made on "meta" gets storage, then values: of the distribution that it would have been built with."""
+    torch.manual_seed(0)
+    built = timm.create_model("vim_nano_patch4_32", depth=2, **options)
+    model = timm.create_model("vim_nano_patch4_32", depth=2, device="meta", **options).to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.fill_(float("nan"))
+    model.init_weights()
+    expected = built.state_dict()
+    for name, value in model.state_dict().items():
+        if value.std() == 0 or name.endswith("A_log") or name.endswith("A_b_log") or name.startswith("rope"):
+            assert torch.equal(value, expected[name]), name
+        else:
+            # Standard deviations of at least 64 samples: within half of each other, however they fall.
+            assert 0.5 < value.std() / expected[name].std() < 2, name
+            assert abs(value.mean() - expected[name].mean()) < expected[name].std(), name
+    assert torch.isfinite(model.eval()(torch.randn(1, 3, 32, 32))).all()
+
+
+def test_frozen_stays_frozen():
+    """Replacing the head or the size makes nothing trainable, and keeps device, type and mode."""
+    model = timm.create_model("vim_nano_patch4_32", depth=2).requires_grad_(False).to(torch.float64).eval()
+    model.reset_classifier(0)
+    model.set_input_size((24, 48), patch_size=8)
+    assert not any(p.requires_grad for p in model.parameters())
+    model.reset_classifier(3)
+    assert model.head.weight.dtype == torch.float64
+    assert not any(module.training for module in model.modules())
+    assert model.feature_info[0]["reduction"] == 8
+
+
+def test_timm_finds_the_filter_beside_the_class(nano):
+    """A checkpoint without its head goes through timm's generic reload."""
+    filter_fn = importlib.import_module(type(nano).__module__).checkpoint_filter_fn
+    source = timm.create_model("vim_nano_patch4_32", num_classes=0, img_size=(24, 48)).eval()
+    again = timm.create_model("vim_nano_patch4_32", num_classes=0, img_size=(24, 48)).eval()
+    again.load_state_dict(filter_fn(dict(sorted(source.state_dict().items())), again))
+    x = torch.randn(1, 3, 24, 48)
+    assert torch.equal(again(x), source(x))
+
+
+def test_gradient_checkpointing_changes_nothing(nano):
+    x = torch.randn(2, 3, 32, 32)
+    gradients = []
+    for enabled in (False, True):
+        nano.set_grad_checkpointing(enabled)
+        nano.zero_grad()
+        nano(x).square().sum().backward()
+        gradients.append([p.grad.clone() for p in nano.parameters()])
+    nano.set_grad_checkpointing(False)
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(recomputed, plain)

@@ -13,11 +13,16 @@ import urllib.request
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
 from torch import nn
+
+from vim.models.pos_embed import resample_pos_embed
+
+if TYPE_CHECKING:
+    from vim.models.vision_mamba import VisionMamba
 
 _logger = logging.getLogger("vision_mamba")
 
@@ -135,6 +140,32 @@ def extract_state_dict(checkpoint: dict[str, Any], *, use_ema: bool = False) -> 
     return state
 
 
+def checkpoint_filter_fn(
+    state_dict: dict[str, Any], model: "VisionMamba", *, grid: tuple[int, int] | None = None
+) -> dict[str, torch.Tensor]:
+    """Published and own checkpoints → this model's state dict: unwrapped, and resampled to the model's patch grid.
+
+    Args:
+        state_dict: a checkpoint or a state dict.
+        model: for which.
+        grid: rows and columns that the checkpoint's position embedding stands for; None means a square.
+
+    Raises:
+        CheckpointError: it holds no weights.
+        ValueError: a position embedding of no such grid.
+    """
+    state_dict = extract_state_dict(state_dict)
+    pos_embed = state_dict.get("pos_embed")
+    if pos_embed is not None and model.pos_embed is not None and (grid or pos_embed.shape != model.pos_embed.shape):
+        state_dict["pos_embed"] = resample_pos_embed(
+            pos_embed, model.patch_embed.grid_size, class_token=model.class_token, old_grid=grid
+        )
+    if model.rope is not None:
+        # Rotary tables follow from the grid; those of the file may stand for another one.
+        state_dict["rope.freqs_cos"], state_dict["rope.freqs_sin"] = model.rope.freqs_cos, model.rope.freqs_sin
+    return state_dict
+
+
 def load_into(
     model: nn.Module,
     state_dict: dict[str, torch.Tensor],
@@ -158,9 +189,7 @@ def load_into(
     Raises:
         CheckpointError: names or shapes that differ, listed.
     """
-    # Here, not at the top: the registry's filter is built on this module.
-    from vim.models.registry import checkpoint_filter_fn
-    from vim.models.vision_mamba import VisionMamba
+    from vim.models.vision_mamba import VisionMamba  # which imports this module
 
     state = dict(state_dict)
     own = model.state_dict()

@@ -160,6 +160,23 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         self.residual_in_fp32, self.rms = residual_in_fp32, isinstance(norm, RMSNorm)
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise norm and mixer as when they were built."""
+        self.norm.reset_parameters()
+        mixer = self.mixer
+        for module in mixer.modules():
+            if isinstance(module, (nn.Linear, nn.Conv1d)):
+                module.reset_parameters()
+        for name, parameter in mixer.named_parameters(recurse=False):
+            if name in ("A_log", "A_b_log"):
+                parameter.copy_(torch.arange(1, mixer.d_state + 1, device=parameter.device).log())
+            else:  # D, D_b, gamma
+                parameter.fill_(mixer.init_layer_scale if name == "gamma" else 1.0)
+        for name in ("dt_proj", "dt_proj_b"):
+            if hasattr(mixer, name):
+                mixer._init_dt_proj(getattr(mixer, name))
+
     def forward(self, hidden: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """hidden (B, L, D) and residual (B, L, D) or None → the same pair after this block."""
         if residual is not None:

@@ -8,8 +8,7 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 
-from vim.models.checkpoint import CheckpointError, extract_state_dict, has_ema, load_checkpoint
-from vim.models.pos_embed import resample_pos_embed
+from vim.models.checkpoint import CheckpointError, checkpoint_filter_fn, extract_state_dict, has_ema, load_checkpoint
 from vim.models.vision_mamba import VisionMamba
 
 _logger = logging.getLogger("vision_mamba")
@@ -73,32 +72,6 @@ default_cfgs = generate_default_cfgs(
         "vim_nano_patch4_stride2_32.untrained": _cfg(**_SMALL_IMAGE),
     }
 )
-
-
-def checkpoint_filter_fn(
-    state_dict: dict[str, Any], model: VisionMamba, *, grid: tuple[int, int] | None = None
-) -> dict[str, torch.Tensor]:
-    """Published and own checkpoints → this model's state dict: unwrapped, and resampled to the model's patch grid.
-
-    Args:
-        state_dict: a checkpoint or a state dict.
-        model: for which.
-        grid: rows and columns that the checkpoint's position embedding stands for; None means a square.
-
-    Raises:
-        CheckpointError: it holds no weights.
-        ValueError: a position embedding of no such grid.
-    """
-    state_dict = extract_state_dict(state_dict)
-    pos_embed = state_dict.get("pos_embed")
-    if pos_embed is not None and model.pos_embed is not None and (grid or pos_embed.shape != model.pos_embed.shape):
-        state_dict["pos_embed"] = resample_pos_embed(
-            pos_embed, model.patch_embed.grid_size, class_token=model.class_token, old_grid=grid
-        )
-    if model.rope is not None:
-        # Rotary tables follow from the grid; those of the file may stand for another one.
-        state_dict["rope.freqs_cos"], state_dict["rope.freqs_sin"] = model.rope.freqs_cos, model.rope.freqs_sin
-    return state_dict
 
 
 def _pretrained_filter(state_dict: dict[str, Any], model: VisionMamba) -> dict[str, torch.Tensor]:

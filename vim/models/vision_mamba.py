@@ -17,10 +17,14 @@ from timm.models._features import feature_take_indices
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from vim.models.checkpoint import checkpoint_filter_fn
 from vim.models.layers import Block, PatchEmbed, checked_indices, checked_size, residual_norm
 from vim.models.pos_embed import class_positions, resample_pos_embed, split_class_tokens
 from vim.models.rope import RotaryEmbedding2d
 from vim.models.tokens import check_images, embed_tokens, pool_features, pool_tokens, rotate_tokens
+
+# timm looks for the filter in the module of the class.
+__all__ = ["VisionMamba", "checkpoint_filter_fn"]
 
 FINAL_POOL_TYPES = ("none", "mean", "max", "all")
 _GLOBAL_POOLS = {"token": None, "avg": "mean", "max": "max", "last": "none", "": "all"}
@@ -181,7 +185,7 @@ class VisionMamba(nn.Module):
         self.feature_info = [
             {"module": f"layers.{i}", "num_chs": embed_dim, "reduction": reduction} for i in range(depth)
         ]
-        self.init_weights()
+        self.init_weights(needs_reset=False)
 
     def _checked_pool(self, global_pool: str | None, default: str) -> str:
         if global_pool is None:
@@ -194,8 +198,18 @@ class VisionMamba(nn.Module):
         return global_pool
 
     @torch.no_grad()
-    def init_weights(self) -> None:
-        """Published initialisation; the parameters that `Mamba` sets itself (A, D, dt_proj) stay as it made them."""
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Published initialisation.
+
+        Args:
+            needs_reset: also what the parts initialised themselves when they were built, as after `to_empty`.
+        """
+        if needs_reset:
+            for layer in self.layers:
+                layer.reset_parameters()
+            self.norm_f.reset_parameters()
+            if self.rope is not None:
+                self.rope.set_grid(self.patch_embed.grid_size)
         lecun_normal_(self.patch_embed.proj.weight)
         nn.init.zeros_(self.patch_embed.proj.bias)
         for name in ("pos_embed", "cls_token", "cls_token_head", "cls_token_tail"):
