@@ -143,6 +143,24 @@ def test_channel_first_leaks_nothing_non_finite():
             assert torch.equal(a.isfinite(), e.isfinite())
 
 
+@pytest.mark.parametrize("channel_first", [False, True])
+def test_huge_strides(channel_first):
+    """x's batch items lie 2^31 + 64 elements apart, in memory of which few pages are touched."""
+    x, weight, dout = torch.randn(2, 5, 16).bfloat16(), torch.randn(16, 4), torch.randn(2, 5, 16).bfloat16()
+    if channel_first:
+        x = x.transpose(1, 2).contiguous().transpose(1, 2)
+    apart, flags = 2**31 + 64, {"silu": True, "reverse": True}
+    far = torch.empty(apart + 5 * 16, dtype=torch.bfloat16).as_strided((2, 5, 16), (apart, *x.stride()[1:]))
+    far.copy_(x)
+    assert torch.equal(cpu.forward(far, weight, None, None, **flags), cpu.forward(x, weight, None, None, **flags))
+    pairs = zip(
+        cpu.backward(dout, far, weight, None, None, **flags)[:2],
+        cpu.backward(dout, x, weight, None, None, **flags)[:2],
+        strict=True,
+    )
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS[: INSTRUCTION_SETS.index(cpu.library.instruction_set or "baseline")])
 def test_lower_instruction_sets_pass_these_tests(isa):
