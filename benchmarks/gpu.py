@@ -428,6 +428,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("there is no GPU; to try this on a CPU run TRITON_INTERPRET=1 python benchmarks/gpu.py --tiny")
     options.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
+    torch.backends.cudnn.benchmark = True  # the patch convolution, of Vim and DeiT alike
     triton_support.interpreting()
     describe(bench)
     for name, section in zip(SECTIONS, (check, kernels, mixers, models, sweep), strict=True):

@@ -21,6 +21,12 @@ extern __shared__ float4 vim_shared_memory[];
 
 namespace vim {
 
+// A barrier among THREADS threads of a block, all that come with this ID (1 to 15).
+template <int ID, int THREADS>
+VIM_DEVICE void sync_part() {
+    asm volatile("bar.sync %0, %1;" ::"n"(ID), "n"(THREADS) : "memory");
+}
+
 template <typename Args>
 int launch(void (*kernel)(Args), dim3 grid, int threads, size_t shared_bytes, void* stream, const Args& args) {
     if (shared_bytes > 48 * 1024) {
@@ -81,6 +87,8 @@ struct Block {
     int current = 0;
     int arrived = 0;
     unsigned generation = 0;
+    int part_arrived[16] = {};
+    unsigned part_generation[16] = {};
     void (*entry)(const void*) = nullptr;
     const void* argument = nullptr;
 };
@@ -190,6 +198,12 @@ inline float __shfl_xor_sync(unsigned, float value, int mask) {
 }
 
 namespace vim {
+
+template <int ID, int THREADS>
+inline void sync_part() {
+    auto* block = emulation::block;
+    emulation::barrier(block->part_arrived[ID], block->part_generation[ID], THREADS);
+}
 
 template <typename Args>
 int launch(void (*kernel)(Args), dim3 grid, int threads, size_t shared_bytes, void*, const Args& args) {

@@ -3,7 +3,9 @@
 //
 // Four lanes share a pair of channels, each with a quarter of its states, and take four tokens at a time. What is per token
 // and channel (softplus, gate, store) a lane does for one token of the four; the others get its step through shared memory.
-// Both directions of a mixer meet in the middle, as scan_forward.cu describes.
+//
+// Both directions of a mixer meet in the middle: each side first walks its own half of the sequence and stores its plain y;
+// then, past the one barrier that they share, it walks the other half, adds what it finds there, gates and stores the result.
 #include <type_traits>
 
 #include "scan_stream.h"
@@ -68,7 +70,8 @@ struct alignas(sizeof(T) * COUNT) Bundle {
 
 template <typename T>
 struct Tiles {
-    T u[2][kTileElements], delta[2][kTileElements], z[2][kTileElements], bc[2][kTileElements];
+    T u[2][kTileElements], delta[2][kTileElements], z[2][kTileElements];
+    float bc[2][kTileElements];  // rows of B | C
     float4 steps[2][2][32];  // [warp][set][token of four, pair]: step and step * u of both channels
 };
 
@@ -109,11 +112,11 @@ __global__ void __launch_bounds__(kSideThreads* SIDES, kForwardWarps / SIDES / 2
     };
     Tiles<T>& shared = reinterpret_cast<Tiles<T>*>(vim_shared_memory)[side_index];
 
-    // What this thread copies of every tile: of u, delta and z, 16 bytes of row `piece_row` (and of the row 8 on, in float32);
-    // of B | C, 8 bytes of every kBcApart-th row.
+    // What this thread brings in of every tile: of u, delta and z, 16 bytes of row `piece_row` (and of the row 8 on, in float32);
+    // of B | C, which become float32 on the way and so go through registers, four elements of every kBcApart-th row.
     constexpr int kPieces = kChannels * size / 16;  // of a row
     constexpr int kCopies = kPieces * kTile / kSideThreads;
-    constexpr int kBcPieces = kChannels * size / 8;
+    constexpr int kBcPieces = kChannels / 4;
     constexpr int kBcCopies = kBcPieces * kTile / kSideThreads;
     constexpr int kApart = kTile / kCopies, kBcApart = kTile / kBcCopies;
     const int piece_row = thread / kPieces, piece = thread % kPieces;
@@ -129,13 +132,14 @@ __global__ void __launch_bounds__(kSideThreads* SIDES, kForwardWarps / SIDES / 2
     const char* delta = start(side.delta, side.delta_batch, side.delta_token, piece_row, piece_bytes);
     const char* z = gated ? start(args.z, args.z_batch, args.z_token, piece_row, piece_bytes) : nullptr;
     const char* bc = is_C ? start(side.C, side.C_batch, side.C_token, bc_row,
-                                  group * side.C_group * size + (bc_piece - kBcPieces / 2) * 8)
-                          : start(side.B, side.B_batch, side.B_token, bc_row, group * side.B_group * size + bc_piece * 8);
+                                  (group * side.C_group + (bc_piece - kBcPieces / 2) * 4) * size)
+                          : start(side.B, side.B_batch, side.B_token, bc_row, (group * side.B_group + bc_piece * 4) * size);
     auto stride = [&](int64_t token_stride) { return static_cast<int>(token_stride) * onward * size; };
     const int u_bytes = stride(side.u_token), delta_bytes = stride(side.delta_token), z_bytes = stride(args.z_token);
     const int bc_bytes = stride(is_C ? side.C_token : side.B_token);
     const int piece_place = piece_row * kChannels + (piece ^ swap_pieces<T>(piece_row)) * (16 / size);
-    const int bc_place = bc_row * kChannels + bc_piece * (8 / size);
+    const int bc_place = bc_row * kChannels + bc_piece * 4;
+    Quad bc_next[kBcCopies];
     int copied = 0;  // tiles
     auto copy_tile = [&](bool with_z) {
         const int buffer = copied & 1;
@@ -150,10 +154,11 @@ __global__ void __launch_bounds__(kSideThreads* SIDES, kForwardWarps / SIDES / 2
         }
         const int bc_t = first_token + onward * (copied * kTile + bc_row);
 #pragma unroll
-        for (int k = 0; k < kBcCopies; ++k)
-            if (!(STATES_ONLY && is_C))
-                copy_async<8>(&shared.bc[buffer][bc_place + k * kBcApart * kChannels], bc + k * kBcApart * bc_bytes,
-                              in_sequence(bc_t + onward * k * kBcApart));
+        for (int k = 0; k < kBcCopies; ++k) {
+            bc_next[k] = Quad{};
+            if (in_sequence(bc_t + onward * k * kBcApart) && !(STATES_ONLY && is_C))
+                bc_next[k] = *reinterpret_cast<const Quad*>(bc + k * kBcApart * bc_bytes);
+        }
         u += kTile * u_bytes;
         delta += kTile * delta_bytes;
         if (gated) z += kTile * z_bytes;
@@ -161,16 +166,24 @@ __global__ void __launch_bounds__(kSideThreads* SIDES, kForwardWarps / SIDES / 2
         ++copied;
     };
 
-    // Steps of the walk over tiles; with two sides and an odd number of tiles, side 1 is idle at step 0. The side that comes to
-    // a tile second completes it.
-    const int odd = SIDES == 2 ? tiles % 2 : 0;
-    const int late = side_index == 1 ? odd : 0;
-    const int steps = tiles + odd;
-    auto is_second = [&](int walked) {
-        return SIDES == 2 && walked + late > tiles - 1 - walked + (side_index == 0 ? odd : 0);
+    // The next tile is whole when all threads of the side have left here.
+    auto arrive = [&] {
+#pragma unroll
+        for (int k = 0; k < kBcCopies; ++k)
+            *reinterpret_cast<float4*>(&shared.bc[copied & 1 ^ 1][bc_place + k * kBcApart * kChannels]) =
+                float4{bc_next[k][0], bc_next[k][1], bc_next[k][2], bc_next[k][3]};
+        wait_for_copies();
+        if (SIDES == 1)
+            __syncthreads();
+        else if (side_index == 0)
+            sync_part<1, kSideThreads>();
+        else
+            sync_part<2, kSideThreads>();
     };
+    // From this tile of its walk on a side completes what the other has begun; side 0 takes the middle one first.
+    const int meeting = SIDES == 1 ? 0 : (tiles + 1 - side_index) / 2;
 
-    copy_tile(gated && (SIDES == 1 || is_second(0)));
+    copy_tile(gated && meeting == 0);
 
     float rate[2][kQuarter], state[2][kQuarter], skip[2], bias[2], step_sum[2];
 #pragma unroll
@@ -204,104 +217,103 @@ __global__ void __launch_bounds__(kSideThreads* SIDES, kForwardWarps / SIDES / 2
     int t = first_token + onward * part;  // this lane's token
     int slot = 0;
 
-    wait_for_copies();
-    __syncthreads();
+    arrive();
 
-    for (int step = 0; step < steps; ++step) {
-        const int walked = step - late;
-        if (walked >= 0 && walked < tiles) {
-            const int buffer = walked & 1;
-            const bool second = is_second(walked);
-            const bool complete = SIDES == 1 || second;
-            if (walked + 1 < tiles) copy_tile(gated && (SIDES == 1 || is_second(walked + 1)));
-            if (args.save != 0) {
+    for (int walked = 0; walked < tiles; ++walked) {
+        if (SIDES == 2 && walked == meeting) __syncthreads();
+        const int buffer = walked & 1;
+        const bool complete = walked >= meeting;
+        const bool second = SIDES == 2 && complete;
+        if (walked + 1 < tiles) copy_tile(gated && walked + 1 >= meeting);
+        if (args.save != 0) {
 #pragma unroll
-                for (int c = 0; c < 2; ++c)
-                    *reinterpret_cast<float4*>(boundary_row(tile_at(walked), c)) =
-                        float4{state[c][0], state[c][1], state[c][2], state[c][3]};
-            }
-            const T* own_u = shared.u[buffer] + own_place;
-            const T* own_delta = shared.delta[buffer] + own_place;
-            const T* own_z = shared.z[buffer] + own_place;
-            const T* row = shared.bc[buffer] + part * kQuarter;
-#pragma unroll 1
-            for (int g = 0; g < kGroups; ++g) {
-                const bool inside = in_sequence(t);
-                Pair other;
-                if (!STATES_ONLY && inside && (SIDES == 2 ? second : added)) other = *reinterpret_cast<const Pair*>(onto);
-                onto += onto_step;
-                const Pair inputs = *reinterpret_cast<const Pair*>(own_u);
-                const Pair raws = *reinterpret_cast<const Pair*>(own_delta);
-                float dt[2], input[2];
-#pragma unroll
-                for (int c = 0; c < 2; ++c) {
-                    input[c] = inputs[c];
-                    const float raw = raws[c] + bias[c];
-                    const float positive = softplus(raw);
-                    dt[c] = args.softplus != 0 ? positive : raw;
-                    if (!inside) dt[c] = 0.0f;  // past the end the state stays as it is
-                    if (STATES_ONLY) step_sum[c] += dt[c];
-                }
-                // Two sets of steps, in turn: a lane that is ahead by one group overwrites none that another still reads.
-                steps_of_column[slot + part * kPairs] = float4{dt[0], dt[0] * input[0], dt[1], dt[1] * input[1]};
-                __syncwarp();
-                float y[kLanes][2];
-#pragma unroll
-                for (int j = 0; j < kLanes; ++j) {
-                    const float4 now = steps_of_column[slot + j * kPairs];
-                    const Quad b = *reinterpret_cast<const Quad*>(row + j * kChannels);
-                    Quad weight;
-                    if (!STATES_ONLY) weight = *reinterpret_cast<const Quad*>(row + j * kChannels + kStates);
-                    y[j][0] = y[j][1] = 0.0f;
-#pragma unroll
-                    for (int n = 0; n < kQuarter; ++n) {
-                        const float b_n = b[n], weight_n = weight[n];
-                        state[0][n] = advance(state[0][n], now.x, rate[0][n], now.y, b_n);
-                        state[1][n] = advance(state[1][n], now.z, rate[1][n], now.w, b_n);
-                        y[j][0] = fmaf(weight_n, state[0][n], y[j][0]);
-                        y[j][1] = fmaf(weight_n, state[1][n], y[j][1]);
-                    }
-                }
-                slot ^= 32;
-                t += onward * kLanes;
-                own_u += kLanes * kChannels;
-                own_delta += kLanes * kChannels;
-                row += kLanes * kChannels;
-                if (STATES_ONLY) continue;
-                // Lane `part` keeps the sums of token `part`: it gives away the half of the tokens that it does not keep.
-                const bool upper = (part & 2) != 0, odd_part = (part & 1) != 0;
-                float value[2];
-#pragma unroll
-                for (int c = 0; c < 2; ++c) {
-                    float kept[2];
-#pragma unroll
-                    for (int j = 0; j < 2; ++j)
-                        kept[j] = (upper ? y[j + 2][c] : y[j][c]) +
-                                  __shfl_xor_sync(0xffffffffu, upper ? y[j][c] : y[j + 2][c], 2 * kPairs);
-                    value[c] = (odd_part ? kept[1] : kept[0]) +
-                               __shfl_xor_sync(0xffffffffu, odd_part ? kept[0] : kept[1], kPairs);
-                    value[c] = fmaf(skip[c], input[c], value[c]);
-                    if (SIDES == 2) value[c] += other[c];
-                }
-                if (complete && gated) {
-                    const Pair gate = *reinterpret_cast<const Pair*>(own_z);
-#pragma unroll
-                    for (int c = 0; c < 2; ++c) value[c] *= silu(gate[c]);
-                }
-                own_z += kLanes * kChannels;
-                Pack<T, 2> result;
-#pragma unroll
-                for (int c = 0; c < 2; ++c) {
-                    value[c] *= complete ? args.scale : 1.0f;
-                    result.values[c] = from_float<T>(SIDES == 1 ? value[c] + other[c] : value[c]);
-                }
-                if (inside) *reinterpret_cast<Pack<T, 2>*>(out) = result;
-                out += out_step;
-            }
+            for (int c = 0; c < 2; ++c)
+                *reinterpret_cast<float4*>(boundary_row(tile_at(walked), c)) =
+                    float4{state[c][0], state[c][1], state[c][2], state[c][3]};
         }
-        wait_for_copies();
-        __syncthreads();
+        const T* own_u = shared.u[buffer] + own_place;
+        const T* own_delta = shared.delta[buffer] + own_place;
+        const T* own_z = shared.z[buffer] + own_place;
+        const float* row = shared.bc[buffer] + part * kQuarter;
+#pragma unroll 1
+        for (int g = 0; g < kGroups; ++g) {
+            const bool inside = in_sequence(t);
+            Pair other;
+            if (!STATES_ONLY && inside && (SIDES == 2 ? second : added)) other = *reinterpret_cast<const Pair*>(onto);
+            onto += onto_step;
+            const Pair inputs = *reinterpret_cast<const Pair*>(own_u);
+            const Pair raws = *reinterpret_cast<const Pair*>(own_delta);
+            float dt[2], input[2];
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+                input[c] = inputs[c];
+                const float raw = raws[c] + bias[c];
+                const float positive = softplus(raw);
+                dt[c] = args.softplus != 0 ? positive : raw;
+                if (!inside) dt[c] = 0.0f;  // past the end the state stays as it is
+                if (STATES_ONLY) step_sum[c] += dt[c];
+            }
+            // Two sets of steps, in turn: a lane that is ahead by one group overwrites none that another still reads.
+            steps_of_column[slot + part * kPairs] = float4{dt[0], dt[0] * input[0], dt[1], dt[1] * input[1]};
+            __syncwarp();
+            float y[kLanes][2];
+#pragma unroll
+            for (int j = 0; j < kLanes; ++j) {
+                const float4 now = steps_of_column[slot + j * kPairs];
+                const float4 b = *reinterpret_cast<const float4*>(row + j * kChannels);
+                float4 weight = {0.0f, 0.0f, 0.0f, 0.0f};
+                if (!STATES_ONLY) weight = *reinterpret_cast<const float4*>(row + j * kChannels + kStates);
+                y[j][0] = y[j][1] = 0.0f;
+                auto advance_both = [&](int n, float b_n, float weight_n) {
+                    state[0][n] = advance(state[0][n], now.x, rate[0][n], now.y, b_n);
+                    state[1][n] = advance(state[1][n], now.z, rate[1][n], now.w, b_n);
+                    y[j][0] = fmaf(weight_n, state[0][n], y[j][0]);
+                    y[j][1] = fmaf(weight_n, state[1][n], y[j][1]);
+                };
+                advance_both(0, b.x, weight.x);
+                advance_both(1, b.y, weight.y);
+                advance_both(2, b.z, weight.z);
+                advance_both(3, b.w, weight.w);
+            }
+            slot ^= 32;
+            t += onward * kLanes;
+            own_u += kLanes * kChannels;
+            own_delta += kLanes * kChannels;
+            row += kLanes * kChannels;
+            if (STATES_ONLY) continue;
+            // Lane `part` keeps the sums of token `part`: it gives away the half of the tokens that it does not keep.
+            const bool upper = (part & 2) != 0, odd_part = (part & 1) != 0;
+            float value[2];
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+                float kept[2];
+#pragma unroll
+                for (int j = 0; j < 2; ++j)
+                    kept[j] = (upper ? y[j + 2][c] : y[j][c]) +
+                              __shfl_xor_sync(0xffffffffu, upper ? y[j][c] : y[j + 2][c], 2 * kPairs);
+                value[c] = (odd_part ? kept[1] : kept[0]) +
+                           __shfl_xor_sync(0xffffffffu, odd_part ? kept[0] : kept[1], kPairs);
+                value[c] = fmaf(skip[c], input[c], value[c]);
+                if (SIDES == 2) value[c] += other[c];
+            }
+            if (complete && gated) {
+                const Pair gate = *reinterpret_cast<const Pair*>(own_z);
+#pragma unroll
+                for (int c = 0; c < 2; ++c) value[c] *= silu(gate[c]);
+            }
+            own_z += kLanes * kChannels;
+            Pack<T, 2> result;
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+                value[c] *= complete ? args.scale : 1.0f;
+                result.values[c] = from_float<T>(SIDES == 1 ? value[c] + other[c] : value[c]);
+            }
+            if (inside) *reinterpret_cast<Pack<T, 2>*>(out) = result;
+            out += out_step;
+        }
+        if (walked + 1 < tiles) arrive();
     }
+    if (SIDES == 2 && meeting == tiles) __syncthreads();
 
 #pragma unroll
     for (int c = 0; c < 2; ++c) {

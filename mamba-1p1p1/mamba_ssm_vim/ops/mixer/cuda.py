@@ -164,8 +164,9 @@ def backward(
         grads.append({"dt_bias": dbias, "A": dA, "D": dD})
     du_SME, ddelta_SME, dlow_SMK, u_SME = (t.flatten(1, 2) for t in (du_SBLE, ddelta_SBLE, dlow_SBLK, u_SBLE))
     dlow_SMK[..., :wide] = torch.bmm(ddelta_SME, dt_weights)
-    ddt_weights = torch.bmm(ddelta_SME.mT, low_SMK[..., :wide])
-    dx_weights = torch.bmm(dlow_SMK.mT, u_SME)
+    # One by one: a batched product does not split the long sum over tokens among the multiprocessors.
+    ddt_weights = [ddelta.t() @ low[:, :wide] for ddelta, low in zip(ddelta_SME, low_SMK, strict=True)]
+    dx_weights = [dlow.t() @ u for dlow, u in zip(dlow_SMK, u_SME, strict=True)]
     du_SME.baddbmm_(dlow_SMK, x_weights)
     convolution = _convolution_gradients(du_SBLE, x, ways, dx)
     for named, more, ddt, dxw in zip(grads, convolution, ddt_weights, dx_weights, strict=True):
