@@ -169,3 +169,35 @@ def test_lower_instruction_sets_pass_these_tests(isa):
         env={**os.environ, "VIM_CPU_ISA": isa}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("outputs", [5, 16, 44, 80])
+@pytest.mark.parametrize(
+    ("batch", "seqlen", "dim", "width"), [(2, 45, 37, 4), (1, 1, 16, 3), (3, 197, 96, 4), (1, 70, 150, 2)]
+)
+def test_projection_in_the_same_pass(batch, seqlen, dim, width, outputs, reverse):
+    generator = torch.Generator().manual_seed(seqlen + outputs)
+    x = torch.randn(batch, seqlen, 2 * dim, generator=generator)[..., :dim]
+    weight, bias = torch.randn(dim, width, generator=generator), torch.randn(dim, generator=generator)
+    project = torch.randn(outputs, dim, generator=generator)
+    flags = {"silu": True, "reverse": reverse}
+    out, projected = cpu.forward_projected(x, weight, bias, project, **flags)
+    assert torch.equal(out, cpu.forward(x, weight, bias, None, **flags))
+    # A sum of `dim` products in float32: at most `dim` roundings of 2^-24, relative to the sum of their sizes.
+    limit = (out.abs() @ project.abs().T).double() * dim * 2.0**-24
+    assert ((projected.double() - out.double() @ project.double().T).abs() <= limit).all()
+
+
+def test_projection_has_the_same_bits_for_any_number_of_threads():
+    generator = torch.Generator().manual_seed(0)
+    x, project = torch.randn(2, 300, 64, generator=generator), torch.randn(44, 64, generator=generator)
+    weight = torch.randn(64, 4, generator=generator)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(cpu.forward_projected(x, weight, None, project, silu=True, reverse=True)[1])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], other) for other in results[1:])

@@ -17,7 +17,9 @@ _forward = library.function("vim_conv_forward")
 _backward = library.function("vim_conv_backward")
 _rows_forward = library.function("vim_conv_rows_forward")
 _rows_backward = library.function("vim_conv_rows_backward")
+_project = library.function("vim_conv_project")
 _pack = struct.Struct("=26q").pack
+_pack_project = struct.Struct("=29q").pack
 
 MAX_WIDTH = 16
 _PARALLEL_FROM = 1 << 15  # elements; fewer are done before a second thread has woken up
@@ -86,6 +88,40 @@ def forward(
             )
         )  # fmt: skip
     return out
+
+
+def forward_projected(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    project_weight: torch.Tensor,
+    *,
+    silu: bool,
+    reverse: bool,
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out (B, L, E) of `forward`, in float32, and its projection out @ project_weight^T (B, L, O) in the same pass.
+
+    Args:
+        x: (B, L, E), any supported dtype.
+        project_weight: (O, E); used in float32.
+        out: contiguous float32 memory for the result; allocated if None.
+    """
+    batch, seqlen, dim = x.shape
+    x, weight, bias, project_weight = rows(x), plain(weight), plain(bias), plain(project_weight)
+    out = torch.empty((batch, seqlen, dim)) if out is None else out
+    projected = torch.empty((batch, seqlen, project_weight.shape[0]))
+    if out.numel():
+        xs = x.stride()
+        _project(
+            _pack_project(
+                batch, seqlen, dim, weight.shape[1], silu, reverse, _threads(x), 0,
+                x.data_ptr(), DTYPES[x.dtype], xs[0], xs[1], out.data_ptr(), DTYPES[out.dtype], seqlen * dim, dim,
+                0, 0, 0, 0, weight.data_ptr(), pointer(bias), 0, 0, 0, 0,
+                project_weight.data_ptr(), project_weight.shape[0], projected.data_ptr(),
+            )
+        )  # fmt: skip
+    return out, projected
 
 
 def backward(

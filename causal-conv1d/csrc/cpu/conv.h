@@ -19,3 +19,11 @@ struct ConvArgs {
   float *dinitial;             // the same, or null
   float *dweight, *dbias;      // (E, W), (E) or null
 };
+
+// The convolution, and at once a projection of its output: projected (B, L, outputs) = out (B, L, E) weight^T.
+struct ConvProjectArgs {
+  ConvArgs conv;  // out in float32
+  const float *weight;  // (outputs, E)
+  int64_t outputs;
+  float *projected;  // contiguous
+};

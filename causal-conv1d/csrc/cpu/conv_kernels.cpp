@@ -1,117 +1,31 @@
 // Depthwise causal convolution with SiLU. Token-major: rows of channels are streamed, weights transposed to (W, channels).
 // Channel-first: a channel's tokens are a row, and lanes are tokens.
 
-#include "conv.h"
-#include "runtime.h"
-#include "simd.h"
+#include "conv_tokens.h"
 
 namespace {
 
-constexpr int64_t MAX_WIDTH = 16;
-constexpr int64_t TOKENS = 32;    // per forward task
 constexpr int64_t CHANNELS = 64;  // per backward task
 constexpr int64_t ROWS = 8;       // channels per task, channel-first
 
-VIM_INLINE int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
-
-// weight (W, channels) for channels [first, first + count), zero beyond; then the bias.
-void load_weights(float *to, const ConvArgs &a, int64_t first, int64_t count) {
-  const int64_t wide = padded(count);
-  for (int64_t c = 0; c < wide; ++c) {
-    for (int64_t k = 0; k < a.width; ++k)
-      to[k * wide + c] = c < count ? a.weight[(first + c) * a.width + k] : 0.0f;
-    to[a.width * wide + c] = a.bias && c < count ? a.bias[first + c] : 0.0f;
-  }
-}
-
-VIM_INLINE int64_t memory_token(const ConvArgs &a, int64_t i) { return a.reverse ? a.len - 1 - i : i; }
-
-// Channels [first, first + count) of token i in scan order, which may lie before the first token, as floats with whole
-// vectors readable: the tensor itself if it is float32 and `count` a multiple of LANES, else a copy in `spare`.
-const float *input_row(float *spare, const ConvArgs &a, int64_t item, int64_t i, int64_t first, int64_t count) {
-  if (i >= 0) {
-    const int64_t at = item * a.x_batch_stride + memory_token(a, i) * a.x_token_stride + first;
-    if (a.x_dtype == F32 && count % LANES == 0)
-      return (const float *)a.x + at;
-    load_row(spare, a.x + at * size_of(a.x_dtype), a.x_dtype, count);
-  } else if (a.initial) {
-    load_row(spare, (const char *)(a.initial + (item * (a.width - 1) + i + a.width - 1) * a.dim + first), F32, count);
-  } else {
-    memset(spare, 0, (size_t)padded(count) * 4);
-  }
-  return spare;
-}
-
-// The last `w` rows met: row i at [i mod w].
-struct Window {
-  const float *rows[MAX_WIDTH];
-  float *copies;
-  int64_t w, wide;
-
-  VIM_INLINE void meet(const ConvArgs &a, int64_t item, int64_t i, int64_t first, int64_t count) {
-    const int64_t slot = (i + w) % w;
-    rows[slot] = input_row(copies + slot * wide, a, item, i, first, count);
-  }
-  // tap[0] is the oldest of the window that ends in row i.
-  VIM_INLINE void taps(const float **tap, int64_t i) const {
-    for (int64_t k = 0; k < w; ++k)
-      tap[k] = rows[(i + 1 + k) % w];
-  }
+struct ForwardCall {
+  const ConvArgs &a;
+  ConvolveTokens convolve;
+  const float *weights;
 };
 
-template <int WIDTH>
-VIM_INLINE vf convolve(const float *const *tap, const float *weights, const float *bias, int64_t wide, int64_t c,
-                       int64_t width) {
-  const int64_t w = WIDTH ? WIDTH : width;
-  vf r = load(bias + c);
-#pragma GCC unroll 4
-  for (int64_t k = 0; k < w; ++k)
-    r += load(weights + k * wide + c) * load(tap[k] + c);
-  return r;
-}
-
-// WIDTH: the convolution's width if known when compiling, or 0.
-template <int WIDTH> void forward_task(const void *args, int64_t task, int64_t) {
-  const ConvArgs &a = *(const ConvArgs *)args;
-  const int64_t chunks = (a.len + TOKENS - 1) / TOKENS, item = task / chunks, start = task % chunks * TOKENS;
-  const int64_t stop = min_of(start + TOKENS, a.len), wide = padded(a.dim), w = WIDTH ? WIDTH : a.width;
-  float *weights = (float *)vim::scratch(0, (size_t)((2 * w + 1) * wide) * 4);
-  load_weights(weights, a, 0, a.dim);
-  const float *bias = weights + w * wide;
-  Window window{{}, weights + (w + 1) * wide, w, wide};
-  for (int64_t i = start - (w - 1); i < start; ++i)
-    window.meet(a, item, i, 0, a.dim);
-  const int64_t whole = a.dim / LANES * LANES;
-  for (int64_t i = start; i < stop; ++i) {
-    window.meet(a, item, i, 0, a.dim);
-    const float *tap[MAX_WIDTH];
-    window.taps(tap, i);
-    const int64_t at = item * a.out_batch_stride + memory_token(a, i) * a.out_token_stride;
-    char *out = a.out + at * size_of(a.out_dtype);
-    const int64_t ahead = min_of(i + 2, a.len - 1);  // rows lie apart, which hardware prefetchers do not follow
-    const char *next = a.x + (item * a.x_batch_stride + memory_token(a, ahead) * a.x_token_stride) * size_of(a.x_dtype);
-    const auto result = [&](int64_t c) __attribute__((always_inline)) {
-      __builtin_prefetch(next + c * size_of(a.x_dtype), 0, 3);
-      const vf r = convolve<WIDTH>(tap, weights, bias, wide, c, w);
-      return a.silu ? silu(r) : r;
-    };
-    if (a.out_dtype == F32)
-      for (int64_t c = 0; c < whole; c += LANES)
-        store((float *)out + c, result(c));
-    else
-      for (int64_t c = 0; c < whole; c += LANES)
-        store_as(out + c * 2, a.out_dtype, result(c));
-    if (whole < a.dim)
-      store_part(out + whole * size_of(a.out_dtype), a.out_dtype, result(whole), a.dim - whole);
-  }
+void forward_task(const void *args, int64_t task, int64_t) {
+  const ForwardCall &call = *(const ForwardCall *)args;
+  const int64_t chunks = (call.a.len + TOKENS - 1) / TOKENS, start = task % chunks * TOKENS;
+  float *copies = (float *)vim::scratch(0, (size_t)window_floats(call.a) * 4);
+  call.convolve(call.a, call.weights, copies, task / chunks, start, min_of(start + TOKENS, call.a.len));
 }
 
 void forward(const ConvArgs *a) {
-  const vim::Task task = a->width == 4   ? forward_task<4>
-                         : a->width == 3 ? forward_task<3>
-                         : a->width == 2 ? forward_task<2>
-                                         : forward_task<0>;
-  vim::parallel(a->batch * ((a->len + TOKENS - 1) / TOKENS), a->threads, task, a);
+  float *weights = (float *)vim::scratch(1, (size_t)weight_floats(*a) * 4);
+  load_weights(weights, *a, 0, a->dim);
+  const ForwardCall call{*a, convolve_for(a->width), weights};
+  vim::parallel(a->batch * ((a->len + TOKENS - 1) / TOKENS), a->threads, forward_task, &call);
 }
 
 struct BackwardCall {

@@ -23,8 +23,9 @@ struct Cut {
     group_dim = a.dim / a.groups;
     blocks = (group_dim + BLOCK - 1) / BLOCK;
     slabs = 1;
+    const auto busy = [&](int64_t tasks) { return tasks % a.threads == 0 || tasks >= 4 * a.threads; };
     if (forward)
-      while (a.threads > 1 && slabs < blocks && slabs * a.groups * a.batch < 2 * a.threads)
+      while (slabs < blocks && !busy(slabs * a.groups * a.batch))
         slabs = min_of(blocks, slabs * 2);
     else if (blocks > 1) {
       slabs = ((blocks + 7) / 8 + 1) / 2 * 2;

@@ -1,4 +1,4 @@
-"""CPU backend of the mixer: per direction one convolution kernel, one GEMM (x_proj) and one scan kernel.
+"""CPU backend of the mixer: per direction one kernel for convolution and x_proj, and one for the scan.
 
 The step's projection happens inside the scan, the second direction adds onto the first one's output, and nothing is
 flipped or copied. Backward keeps xz, x_proj's small output (B, L, R + 2N) and the chunk states, and convolves again.
@@ -50,8 +50,12 @@ def forward(
     x, z = xz.chunk(2, dim=-1)
     out, saved, u = None, [], None
     for p in directions:
-        u = conv.forward(x, p.conv_weight, p.conv_bias, None, silu=True, reverse=p.reverse, out=u)
-        x_dbl = F.linear(u, p.x_proj_weight.to(u.dtype))
+        settings = {"silu": True, "reverse": p.reverse, "out": u}
+        if x.dtype is torch.float32:
+            u, x_dbl = conv.forward_projected(x, p.conv_weight, p.conv_bias, p.x_proj_weight, **settings)
+        else:  # 16-bit products have matrix units, which torch's GEMM uses
+            u = conv.forward(x, p.conv_weight, p.conv_bias, None, **settings)
+            x_dbl = F.linear(u, p.x_proj_weight.to(u.dtype))
         low_rank, B, C = _split(x_dbl, p.dt_proj_weight.shape[1], p.A.shape[1])
         if save:
             saved.append(x_dbl)
