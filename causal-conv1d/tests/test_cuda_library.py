@@ -79,6 +79,10 @@ def test_serves_its_architectures_and_later_ones(built, on_a_gpu, monkeypatch, c
     assert reason is None if served else "built for 8.0, 9.0" in reason
 
 
+# As much of a tensor as the choice of a backend looks at.
+ON_A_GPU = SimpleNamespace(is_cpu=False)
+
+
 def decline(monkeypatch, name: str, reason: str | None) -> None:
     monkeypatch.setattr(backends.module(name), "why_not", lambda *args: reason)
 
@@ -89,7 +93,7 @@ def test_a_gpu_without_the_library_uses_triton_and_says_so_once(monkeypatch, cap
     decline(monkeypatch, "cuda", "the library was not built")
     decline(monkeypatch, "triton", None)
     with caplog.at_level(logging.INFO, logger="vision_mamba.backend"):
-        assert [backends.pick(torch.zeros(1, 2, 3)) for _ in range(2)] == ["triton", "triton"]
+        assert [backends.pick(ON_A_GPU) for _ in range(2)] == ["triton", "triton"]
     assert [r.getMessage() for r in caplog.records] == [
         "causal_conv1d: backend cuda declines: the library was not built"
     ]
@@ -101,7 +105,7 @@ def test_a_gpu_with_a_broken_triton_too_ends_at_the_reference_with_a_warning(mon
     for name in ("cuda", "triton", "cpu"):
         decline(monkeypatch, name, f"{name} is broken")
     with caplog.at_level(logging.WARNING, logger="vision_mamba.backend"):
-        assert backends.pick(torch.zeros(1, 2, 3)) == "reference"
+        assert backends.pick(ON_A_GPU) == "reference"
     said = [r.getMessage() for r in caplog.records if r.name == "vision_mamba.backend"]
     assert sorted(line.split()[2] for line in said) == ["cpu", "cuda", "triton"]
 
