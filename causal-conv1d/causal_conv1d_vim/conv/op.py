@@ -96,7 +96,7 @@ def causal_conv1d(
 
     Args:
         x: (B, L, E), float32, bfloat16 or float16 (float64 with the reference).
-        weight: (E, W), 2 <= W <= 4 in the compiled backends.
+        weight: (E, W); the CPU takes W up to 16, Triton up to 8, CUDA 2 to 4, the reference any.
         bias: (E,) or None.
         activation: None, "silu" or "swish" (the same).
         initial_state: (B, W-1, E), tokens before the first in scan order, oldest first; None means zeros.
@@ -106,7 +106,8 @@ def causal_conv1d(
         (B, L, E) in x's dtype; the arithmetic is float32.
 
     Raises:
-        ValueError: unknown activation, or shapes that do not fit.
+        ValueError: unknown activation, shapes that do not fit, or tensors on different devices.
+        BackendError: a forced backend cannot run this call.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}, expected None, 'silu' or 'swish'")

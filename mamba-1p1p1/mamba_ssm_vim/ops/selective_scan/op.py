@@ -156,7 +156,7 @@ def selective_scan(
         out (B, L, E) in u's dtype, and with `return_last_state` also the state (B, E, N) after the last step.
 
     Raises:
-        ValueError: shapes that do not fit, named.
+        ValueError: shapes that do not fit, tensors on different devices, or u float64 and delta or z not.
         BackendError: a forced backend cannot run this call.
     """
     _check(u, delta, A, B, C, D, z, delta_bias, initial_state)
