@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Evaluate CKPT, a Vim-B checkpoint, on ImageNet's validation set. Environment and --dry-run: see scripts/_launch.sh.
+# Evaluate CKPT, a Vim-B checkpoint, on ImageNet's validation set; one of ft-vim-b.sh needs --model-kwargs stride=8 too.
+# Environment and --dry-run: see scripts/_launch.sh.
 # shellcheck source=scripts/_launch.sh
 source "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"
 checkpoint="$(need CKPT eval-vim-b)"
-launch eval-vim-b eval --eval --resume "$checkpoint" --model vim_base_patch16_224 "$@"
+launch eval-vim-b eval --eval --resume "$checkpoint" --model "${MODEL:-vim_base_patch16_224}" "$@"

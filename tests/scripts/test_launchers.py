@@ -1,5 +1,6 @@
 """Launch scripts: the command each prints with --dry-run, what they refuse, a real run of two steps, shellcheck."""
 
+import json
 import os
 import shlex
 import shutil
@@ -11,15 +12,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vim.engine.arguments import parse_args
+
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 LAUNCHERS = sorted(p.name for p in SCRIPTS.glob("*-vim-*.sh"))
 
 
 def run(script: str, *argv: str, **variables: str) -> subprocess.CompletedProcess:
-    env = {k: v for k, v in os.environ.items() if k not in ("DATA", "OUTPUT", "GPUS", "NODES", "FINETUNE", "CKPT")}
+    env = {
+        k: v for k, v in os.environ.items() if k not in ("DATA", "OUTPUT", "GPUS", "NODES", "FINETUNE", "CKPT", "MODEL")
+    }
     env |= {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", **variables}
     return subprocess.run(
-        ["bash", SCRIPTS / script, *argv], env=env, text=True, capture_output=True, timeout=300, check=False
+        ["bash", SCRIPTS / script, *argv], env=env, text=True, capture_output=True, timeout=550, check=False
     )
 
 
@@ -52,23 +57,87 @@ def test_missing_checkpoint_is_said(script, variable, tmp_path):
     assert f"{variable} is not set" in done.stderr
 
 
-@pytest.mark.slow
-def test_pretraining_runs(tmp_path):
-    """Two steps of the published Vim-Ti recipe on a CPU, on three classes of small JPEGs."""
+@pytest.mark.parametrize("script", LAUNCHERS)
+def test_flags_of_the_command_are_taken(script, tmp_path, monkeypatch):
+    """What a launcher passes to main.py is what its parser takes, with the recipe's values in it."""
+    done = run(script, "--dry-run", DATA=str(tmp_path), FINETUNE="a.pth", CKPT="b.pth", GPUS="1")
+    command = shlex.split(done.stdout)
+    monkeypatch.chdir(SCRIPTS.parent / "vim")
+    args = parse_args(command[command.index("main.py") + 1 :])
+    kind, size = script.split("-")[0], {"t": "tiny", "s": "small", "b": "base"}[script[-4]]
+    assert args.model.startswith(f"vim_{size}_patch16")
+    assert args.data_path == str(tmp_path)
+    # Published: a patch every 16 pixels in pretraining, every 8 in fine-tuning.
+    assert ("stride8" in args.model or args.model_kwargs == {"stride": 8}) is (kind == "ft")
+    assert args.eval is (kind == "eval")
+
+
+def test_recipes_are_the_published_ones(monkeypatch):
+    monkeypatch.chdir(SCRIPTS.parent / "vim")
+    for name, expected in {
+        "pt-tiny": (300, 128, 5e-4, 0.1, 0.0, False),
+        "pt-small": (300, 64, 1e-3, 0.05, 0.05, False),
+        "ft-tiny": (30, 128, 5e-6, 1e-8, 0.0, False),
+        "ft-small": (30, 128, 5e-6, 1e-8, 0.05, False),
+    }.items():
+        args = parse_args(["--config", f"recipes/{name}.yaml"])
+        assert (args.epochs, args.batch_size, args.lr, args.weight_decay, args.drop_path, args.if_amp) == expected
+
+
+def test_embedded_set_needs_no_data():
+    done = run("ft-vim-t.sh", "--config", "recipes/ft-nano.yaml", "--data-set", "FMNIST", "--dry-run", FINETUNE="a.pth")
+    assert done.returncode == 0, done.stderr
+    assert "--data-path" not in done.stdout
+
+
+@pytest.fixture(scope="module")
+def jpegs(tmp_path_factory):
+    """Three classes of small JPEGs in ImageNet's layout: 2 training images and 1 test image of each."""
+    root = tmp_path_factory.mktemp("jpegs")
     rng = np.random.default_rng(0)
-    for split, count in (("train", 4), ("val", 1)):
+    for split, count in (("train", 2), ("val", 1)):
         for name in "abc":
-            (tmp_path / split / name).mkdir(parents=True)
+            (root / split / name).mkdir(parents=True)
             for i in range(count):
                 pixels = rng.integers(0, 255, (60, 70, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(tmp_path / split / name / f"{i}.jpg")
-    output = tmp_path / "output"
-    done = run(
-        "pt-vim-t.sh", "--batch-size", "4", "--epochs", "1", "--num-workers", "0", "--no-repeated-aug",
-        DATA=str(tmp_path), OUTPUT=str(output), GPUS="1",
+                Image.fromarray(pixels).save(root / split / name / f"{i}.jpg")
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["t", "s", "b"])
+def test_pretrain_finetune_and_evaluate(size, jpegs, tmp_path):
+    """Two steps each of pretraining and fine-tuning, then an evaluation, at the recipes' models on a CPU.
+
+    Images of 64 pixels, no average and no optimizer state keep time and disk small; the models are whole.
+    """
+    small = (
+        "--batch-size", "2", "--epochs", "1", "--num-workers", "0", "--no-repeated-aug", "--input-size", "64",
+        "--no-model-ema", "--opt", "sgd", "--momentum", "0", "--trackers", "none",
     )  # fmt: skip
+    variables = {"DATA": str(jpegs), "GPUS": "1", "OMP_NUM_THREADS": "2"}
+    pretrained, tuned = tmp_path / "pt", tmp_path / "ft"
+    done = run(f"pt-vim-{size}.sh", *small, "--no_amp", OUTPUT=str(pretrained), **variables)
     assert done.returncode == 0, done.stderr
-    assert (output / "checkpoint.pth").is_file()
+    variables["FINETUNE"] = str(pretrained / "checkpoint.pth")
+    done = run(f"ft-vim-{size}.sh", *small, "--no_amp", OUTPUT=str(tuned), **variables)
+    assert done.returncode == 0, done.stderr
+    shutil.rmtree(pretrained)
+    tuned_model = {
+        "t": "vim_tiny_patch16_stride8_224",
+        "s": "vim_small_patch16_stride8_224",
+        "b": "vim_base_patch16_224",
+    }
+    stride = ("--model-kwargs", "stride=8") if size == "b" else ()
+    done = run(f"eval-vim-{size}.sh", *stride, CKPT=str(tuned / "checkpoint.pth"), MODEL=tuned_model[size], **variables)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tuned / "log.txt").read_text())
+    printed = json.loads(done.stdout.splitlines()[-1])
+    assert "the checkpoint is of" not in done.stderr
+    assert printed["test_images"] == 3
+    assert printed["test_loss"] == pytest.approx(record["test_loss"], rel=1e-4)
+    done = run(f"eval-vim-{size}.sh", CKPT=str(tuned / "checkpoint.pth"), **variables)
+    assert "the checkpoint is of" in done.stderr
 
 
 def test_vim_scripts_is_the_same_folder():

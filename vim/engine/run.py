@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(argv: list[str] | None = None) -> dict[str, float]:
-    """Train or evaluate as the flags say; gives the last figures.
+    """Train or evaluate as the flags say; gives the last figures, with "stopped" among them if a signal ended the run.
 
     Raises:
         UserError: see `parse_args`, `build_datasets`, `build_model`, and the checkpoint's and output folder's errors.
@@ -66,6 +66,8 @@ def run(argv: list[str] | None = None) -> dict[str, float]:
     if own:
         defaults = {k: v for k, v in checkpoint["args"].items() if k not in _NOT_FROM_CHECKPOINT}
         args = parse_args(argv, defaults)
+        if (args.model, args.model_kwargs) != (trained := (defaults["model"], defaults.get("model_kwargs", {}))):
+            _logger.warning("the checkpoint is of %s %s, not of %s %s", *trained, args.model, args.model_kwargs)
     place = choose_place(args)
     if not place.is_main:
         _logger.setLevel(logging.ERROR)
@@ -107,10 +109,10 @@ def run(argv: list[str] | None = None) -> dict[str, float]:
 
 @contextmanager
 def _stopping_on_signals(state: TrainState) -> Iterator[None]:
-    """Inside, SIGTERM and SIGUSR1 ask the run to save and stop, as SLURM does before it takes a node away."""
+    """Inside, SIGTERM, SIGUSR1 and SIGUSR2 (submitit's) ask the run to save and stop, before a node is taken away."""
     before = {
         signum: signal.signal(signum, lambda *_: setattr(state, "stop_requested", True))
-        for signum in (signal.SIGTERM, signal.SIGUSR1)
+        for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
     }
     try:
         yield
@@ -157,7 +159,7 @@ def _train(
                 "stopped by a signal in epoch %d after step %d: %s", epoch + 1, state.step,
                 f"{path} is saved, continue with --resume auto" if path else "nothing is saved without --output-dir",
             )  # fmt: skip
-            return record
+            return {**record, "stopped": True}
         # Published order: the schedule moves by the index of the epoch just finished.
         state.scheduler.step(epoch, tested["test_acc1"])
         state.next_epoch()

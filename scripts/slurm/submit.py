@@ -1,0 +1,145 @@
+"""Submit a training run to SLURM: `python scripts/slurm/submit.py pt-tiny --data /imagenet --output /runs/pt-tiny`.
+
+The first argument names a recipe of vim/recipes; flags that are not of this script go to main.py. One task is started
+per GPU. Before the time limit or a preemption SLURM sends a signal, at which the run saves its state and stops; the job
+then puts itself back into the queue and goes on from there.
+"""
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+
+class Training:
+    """One task of the job, pickled and run by submitit on a node.
+
+    Args:
+        argv: flags of main.py.
+    """
+
+    def __init__(self, argv: list[str]) -> None:
+        self.argv = argv
+
+    def __call__(self) -> dict[str, Any]:
+        import submitit
+
+        # RANK, LOCAL_RANK, WORLD_SIZE and the rest, as torchrun would set them.
+        environment = submitit.helpers.TorchDistributedEnvironment().export(overwrite=True)
+        sys.path.insert(0, str(ROOT))
+        os.chdir(ROOT / "vim")
+        from vim.engine.run import run
+
+        record = run(self.argv)
+        if record.get("stopped") and environment.rank == 0 and "SLURM_JOB_ID" in os.environ:
+            subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
+        return record
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Flags of the submission."""
+    recipes = sorted(p.stem for p in (ROOT / "vim" / "recipes").glob("*.yaml"))
+    parser = argparse.ArgumentParser(prog="submit.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("recipe", choices=recipes, help="of vim/recipes")
+    parser.add_argument("--data", type=Path, default=None, help="folder of the data set")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the run; SLURM's logs go to its slurm/")
+    parser.add_argument("--finetune", type=Path, default=None, help="checkpoint to start from, of ft- recipes")
+    parser.add_argument("--nodes", type=int, default=1, help="nodes")
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs, and tasks, of each; 0: one task on its CPU")
+    parser.add_argument("--tasks-per-node", type=int, default=0, help="tasks of each node; 0: one per GPU")
+    parser.add_argument("--cpus-per-task", type=int, default=10, help="cores of each task")
+    parser.add_argument("--hours", type=float, default=72.0, help="time limit; the run goes on in a next job")
+    parser.add_argument("--signal-s", type=int, default=180, help="seconds before the limit at which to save and stop")
+    parser.add_argument("--partition", default=None, help="partition")
+    parser.add_argument("--account", default=None, help="account")
+    parser.add_argument("--constraint", default=None, help="kind of node")
+    parser.add_argument(
+        "--executor", default="slurm", choices=("slurm", "local"), help="local: on this machine, and wait"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the job and submit nothing")
+    return parser
+
+
+def command(args: argparse.Namespace, further: list[str]) -> list[str]:
+    """Flags of main.py for the job."""
+    argv = ["--config", f"recipes/{args.recipe}.yaml", "--output-dir", str(args.output.resolve()), "--resume", "auto"]
+    if args.data is not None:
+        argv += ["--data-path", str(args.data.resolve())]
+    if args.finetune is not None:
+        argv += ["--finetune", str(args.finetune.resolve())]
+    return argv + further
+
+
+def parameters(args: argparse.Namespace) -> dict[str, Any]:
+    """What submitit is to ask SLURM for."""
+    wanted: dict[str, Any] = {
+        "nodes": args.nodes,
+        "tasks_per_node": args.tasks_per_node or max(args.gpus_per_node, 1),
+        "timeout_min": max(1, round(60 * args.hours)),
+    }
+    if args.gpus_per_node:
+        wanted["gpus_per_node"] = args.gpus_per_node
+    if args.executor == "slurm":
+        wanted |= {
+            "name": args.output.name, "cpus_per_task": args.cpus_per_task, "slurm_signal_delay_s": args.signal_s,
+            "slurm_partition": args.partition, "slurm_account": args.account, "slurm_constraint": args.constraint,
+            "slurm_additional_parameters": {"requeue": True, "open-mode": "append"},
+        }  # fmt: skip
+    return {name: value for name, value in wanted.items() if value is not None}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Submit, or run here with `--executor local`; 2 after a user's error."""
+    from vim.engine.arguments import parse_args
+    from vim.errors import UserError
+
+    args, further = build_parser().parse_known_args(argv)
+    flags = command(args, further)
+    here = os.getcwd()
+    try:
+        # A misspelt flag is better known now than when the job starts.
+        os.chdir(ROOT / "vim")
+        parse_args(flags)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        os.chdir(here)
+    wanted = parameters(args)
+    if args.dry_run:
+        for name, value in wanted.items():
+            print(f"{name}={value}")
+        print(shlex.join(["main.py", *flags]))
+        return 0
+    try:
+        import submitit
+    except ImportError:
+        print("error: submitting needs submitit: pip install 'vision-mamba[slurm]'", file=sys.stderr)
+        return 2
+    folder = args.output / "slurm"
+    kind = submitit.LocalExecutor if args.executor == "local" else submitit.AutoExecutor
+    try:
+        executor = kind(folder=str(folder)) if args.executor == "local" else kind(folder=str(folder), cluster="slurm")
+    except RuntimeError as error:
+        print(
+            f"error: there is no SLURM here ({error}): submit from a login node, or pass --executor local",
+            file=sys.stderr,
+        )
+        return 2
+    executor.update_parameters(**wanted)
+    job = executor.submit(Training(flags))
+    print(f"job {job.job_id}: logs in {folder}")
+    if args.executor == "local":
+        records = job.results()
+        print(records[0])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
