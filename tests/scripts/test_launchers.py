@@ -107,7 +107,7 @@ def jpegs(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("size", ["t", "s", "b"])
 def test_pretrain_finetune_and_evaluate(size, jpegs, tmp_path):
-    """Two steps each of pretraining and fine-tuning, then an evaluation, at the recipes' models on a CPU.
+    """Three steps each of pretraining and fine-tuning, then an evaluation, at the recipes' models on a CPU.
 
     Images of 64 pixels, no average and no optimizer state keep time and disk small; the models are whole.
     """
