@@ -4,6 +4,7 @@ import json
 import time
 
 import pytest
+import timm
 import torch
 
 from vim.data import build_datasets, build_loaders
@@ -117,6 +118,32 @@ def test_compiled_model_trains_the_same(tree, tmp_path):
     record, compiled = trained(tree, tmp_path / "compiled", *sgd, "--compile")
     assert record["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-4)
     assert_close(eager, compiled, rtol=1e-3, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    path = tmp_path_factory.mktemp("teacher") / "teacher.pth"
+    torch.save(timm.create_model("resnet10t", num_classes=3).state_dict(), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "--bce-loss", "--cosub --drop-path 0.2", "--ThreeAugment --src", "--attn-only", "--opt lamb --layer-decay 0.8",
+        "--distillation-type soft --distillation-tau 3", "--distillation-type hard", "--model-ema-force-cpu",
+        "--if_random_cls_token_position", "--if_random_token_rank --repeated-aug", "--clip-grad 0.1 --clip-mode agc",
+        "--no-a-log-decay --weight-decay 0.3 --aa original", "--train-interpolation random --remode rand",
+    ],
+)  # fmt: skip
+def test_every_part_of_the_recipe_trains(tree, tmp_path, teacher, recipe):
+    """An epoch with it moves the weights to finite values; a second one goes on from its checkpoint."""
+    argv = [*recipe.split(), "--teacher-model", "resnet10t", "--teacher-path", teacher, "--lr", "0.01"]
+    _, first = trained(tree, tmp_path, *argv)
+    record, second = trained(tree, tmp_path, *argv, "--epochs", 2, "--resume", "auto")
+    assert record["epoch"] == 1
+    assert all(torch.isfinite(v).all() for v in second["model"].values())
+    assert any(not torch.equal(v, first["model"][k]) for k, v in second["model"].items())
 
 
 # Losses that are not finite
