@@ -51,8 +51,9 @@ def rounded(device, dtype, *shape):
 def scan_inputs(device, batch, seqlen, dim, dstate, groups, dtype):
     """Column slices of wider tensors, as the mixer passes them; all numbers are bfloat16's, whatever the dtype."""
     u, delta, z = rounded(device, dtype, batch, seqlen, 3 * dim).split(dim, -1)
-    rows = rounded(device, dtype, batch, seqlen, 5 + 2 * groups * dstate)
-    B, C = rows[..., 5:].unflatten(-1, (2, groups, dstate)).unbind(2)
+    before = 16 if dim % 32 == 0 else 5  # columns for the step: rows that start on multiples of 16 bytes, or anywhere
+    rows = rounded(device, dtype, batch, seqlen, before + 2 * groups * dstate)
+    B, C = rows[..., before:].unflatten(-1, (2, groups, dstate)).unbind(2)
     A = -4 * torch.rand(dim, dstate, device=device) - 0.1
     D, bias = torch.randn(dim, device=device), torch.randn(dim, device=device) - 3
     return [u, delta, A, B, C, D, z, bias, torch.randn(batch, dim, dstate, device=device)]
