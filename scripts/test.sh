@@ -8,4 +8,4 @@ echo "== lint"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 echo "== tests"
-.venv/bin/python -m pytest -m "not slow and not gpu" "$@"
+.venv/bin/python -m pytest -m "not slow and not gpu and not downstream" "$@"

@@ -5,8 +5,8 @@ crop_size = (64, 64)
 max_iters = 300
 norm_cfg = dict(type="BN", requires_grad=True)
 model = dict(
-    data_preprocessor=dict(size=crop_size, test_cfg=dict(size_divisor=4)),
-    backbone=dict(arch="vim_nano_patch4_32", img_size=64, out_indices=(1, 2, 3, 5)),
+    data_preprocessor=dict(size=crop_size, test_cfg=dict(size_divisor=8)),
+    backbone=dict(arch="vim_nano_patch4_32", img_size=64, patch_size=8, stride=8, out_indices=(1, 2, 3, 5)),
     neck=dict(embed_dim=64, rescales=[4, 2, 1, 0.5], norm_cfg=norm_cfg),
     decode_head=dict(in_channels=[64] * 4, channels=32, num_classes=4, norm_cfg=norm_cfg),
     auxiliary_head=dict(in_channels=64, channels=32, num_classes=4, norm_cfg=norm_cfg),
@@ -19,14 +19,14 @@ classes = dict(
 data_root = "output/shapes"
 train_pipeline = [
     dict(type="LoadImageFromFile"),
-    dict(type="LoadAnnotations", reduce_zero_label=False),
+    dict(type="LoadAnnotations", reduce_zero_label=True),
     dict(type="RandomCrop", crop_size=crop_size),
     dict(type="RandomFlip", prob=0.5),
     dict(type="PackSegInputs"),
 ]
 test_pipeline = [
     dict(type="LoadImageFromFile"),
-    dict(type="LoadAnnotations", reduce_zero_label=False),
+    dict(type="LoadAnnotations", reduce_zero_label=True),
     dict(type="PackSegInputs"),
 ]
 train_dataloader = dict(
@@ -39,7 +39,7 @@ train_dataloader = dict(
         data_prefix=dict(img_path="images/training", seg_map_path="annotations/training"),
         metainfo=classes,
         pipeline=train_pipeline,
-        reduce_zero_label=False,
+        reduce_zero_label=True,
     ),
 )
 val_dataloader = dict(
@@ -51,7 +51,7 @@ val_dataloader = dict(
         data_prefix=dict(img_path="images/validation", seg_map_path="annotations/validation"),
         metainfo=classes,
         pipeline=test_pipeline,
-        reduce_zero_label=False,
+        reduce_zero_label=True,
     ),
 )
 test_dataloader = val_dataloader

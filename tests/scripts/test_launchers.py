@@ -15,7 +15,7 @@ from PIL import Image
 from vim.engine.arguments import parse_args
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-LAUNCHERS = sorted(p.name for p in SCRIPTS.glob("*-vim-*.sh"))
+LAUNCHERS = sorted(p.name for p in SCRIPTS.glob("*-vim-?.sh"))
 
 
 def run(script: str, *argv: str, **variables: str) -> subprocess.CompletedProcess:

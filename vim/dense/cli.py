@@ -44,8 +44,17 @@ def _parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def load_config(task: str, args: argparse.Namespace) -> Any:
-    """The config of a command line, with the flags that all commands share put in.
+def read_config(
+    task: str, path: str, *, options: dict[str, Any] | None = None, data_root: str | None = None, launcher: str = "none"
+) -> Any:
+    """A config of the task, its scope made the current one.
+
+    Args:
+        task: "seg" or "det".
+        path: the file.
+        options: entries to override, by dotted name.
+        data_root: folder of the data sets, in place of the config's.
+        launcher: how processes are started; "none" turns SyncBN into BN.
 
     Raises:
         UserError: no such file, or not a config of the task.
@@ -55,25 +64,73 @@ def load_config(task: str, args: argparse.Namespace) -> Any:
 
     from vim.dense.checks import replace_types, set_data_root
 
-    if not Path(args.config).is_file():
-        raise UserError(f"there is no config at {args.config}: see {task}/configs/")
+    if not Path(path).is_file():
+        raise UserError(f"there is no config at {path}: see {task}/configs/")
     try:
-        cfg = Config.fromfile(args.config)
+        cfg = Config.fromfile(path)
     except (SyntaxError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"{args.config} is not a config that mmengine can read: {error}") from error
-    if args.cfg_options:
-        cfg.merge_from_dict(args.cfg_options)
-    if "model" not in cfg:
-        raise UserError(f"{args.config} has no `model`: expected a config such as those in {task}/configs/")
-    init_default_scope(cfg.get("default_scope", TASKS[task]))
-    if args.data_root:
-        set_data_root(cfg, args.data_root)
+        raise UserError(f"{path} is not a config that mmengine can read: {error}") from error
+    if options:
+        cfg.merge_from_dict(options)
+    scope = cfg.get("default_scope")
+    if "model" not in cfg or scope != TASKS[task]:
+        raise UserError(f"{path} is not a config for {task}: expected one such as those in {task}/configs/")
+    init_default_scope(scope)
+    if data_root:
+        set_data_root(cfg, data_root)
+    if launcher == "none":
+        # Outside a process group there is nothing to synchronise with, and on a CPU SyncBN cannot run.
+        replace_types(cfg.model, "SyncBN", "BN")
+    return cfg
+
+
+def check_weights(model: Any, path: str) -> dict[str, Any]:
+    """Content of a checkpoint of train.py, if its weights are those of the model.
+
+    mmengine itself would warn of other names and shapes, and go on with what was initialised.
+
+    Args:
+        model: a built model, or its config.
+        path: the file.
+
+    Raises:
+        CheckpointError: it cannot be read, or was written by another trainer.
+        UserError: weights of another model, listed.
+    """
+    from mmengine.registry import MODELS
+
+    from vim.models.checkpoint import load_checkpoint
+
+    content = load_checkpoint(path)
+    state = content.get("state_dict")
+    if not isinstance(state, dict):
+        raise UserError(f"{path} was not written by train.py (it has no state_dict): a classifier goes to --finetune")
+    own = (MODELS.build(model) if isinstance(model, dict) else model).state_dict()
+    other = [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in own.keys() & state.keys()
+        if own[name].shape != state[name].shape
+    ]
+    other += [f"{name} is missing" for name in own.keys() - state.keys()]
+    other += [f"{name} is too many" for name in state.keys() - own.keys()]
+    if other:
+        raise UserError(
+            f"{path} holds weights of another model than the config's ({len(other)} differences, such as "
+            f"{min(other)}): give the config that it was trained with"
+        )
+    return content
+
+
+def load_config(task: str, args: argparse.Namespace) -> Any:
+    """The config of a command line, with the flags that all commands share put in.
+
+    Raises:
+        UserError: see `read_config`.
+    """
+    cfg = read_config(task, args.config, options=args.cfg_options, data_root=args.data_root, launcher=args.launcher)
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("output") / Path(args.config).stem)
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
-    if args.launcher == "none":
-        # Outside a process group there is nothing to synchronise with, and on a CPU SyncBN cannot run.
-        replace_types(cfg.model, "SyncBN", "BN")
     if not torch.cuda.is_available():
         cfg.env_cfg.dist_cfg.backend = "gloo"
     return cfg
@@ -108,7 +165,7 @@ def train(task: str, argv: list[str] | None = None) -> None:
         CheckpointError: a backbone checkpoint that does not fit.
     """
     require_stack(TASKS[task])
-    from mmengine.runner import Runner
+    from mmengine.runner import Runner, find_latest_checkpoint
 
     from vim.dense.checks import check_data
 
@@ -138,9 +195,13 @@ def train(task: str, argv: list[str] | None = None) -> None:
     if args.resume:
         cfg.resume = True
         cfg.load_from = None if args.resume == "auto" else _existing(args.resume, "--resume")
-        if args.resume == "auto" and not (Path(cfg.work_dir) / "last_checkpoint").is_file():
+        if args.resume == "auto" and not find_latest_checkpoint(cfg.work_dir):
             logging.getLogger("vision_mamba").warning("%s holds no checkpoint yet: starting afresh", cfg.work_dir)
-    _runner(Runner, cfg).train()
+    runner = _runner(Runner, cfg)
+    checkpoint = find_latest_checkpoint(cfg.work_dir) if args.resume == "auto" else args.resume
+    if checkpoint:
+        check_weights(_bare(runner.model), checkpoint)
+    runner.train()
 
 
 def evaluate(task: str, argv: list[str] | None = None) -> dict[str, float]:
@@ -180,7 +241,14 @@ def evaluate(task: str, argv: list[str] | None = None) -> dict[str, float]:
         cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
         cfg.tta_model.module = cfg.model
         cfg.model = cfg.tta_model
-    return _runner(Runner, cfg).test()
+    runner = _runner(Runner, cfg)
+    check_weights(_bare(runner.model), cfg.load_from)
+    return runner.test()
+
+
+def _bare(model: Any) -> Any:
+    """The model inside what distribution and test-time augmentation wrap around it."""
+    return getattr(model, "module", model)
 
 
 def _existing(path: str, what: str) -> str:
@@ -192,5 +260,5 @@ def _existing(path: str, what: str) -> str:
 def _runner(runner_class: Any, cfg: Any) -> Any:
     from mmengine.utils import import_modules_from_strings
 
-    import_modules_from_strings(["vim.dense"])
+    import_modules_from_strings("vim.dense.register")
     return runner_class.from_cfg(cfg)

@@ -48,6 +48,9 @@ def _allow_runner_checkpoints() -> None:
     """
     from mmengine.logging import HistoryBuffer
 
+    # Each history carries references to its class's methods, which only `getattr` could rebuild, and a checkpoint that
+    # may use it can call anything. They are left out of what is saved; the class has them anyway.
+    HistoryBuffer.__getstate__ = lambda self: {k: v for k, v in vars(self).items() if k != "_statistics_methods"}
     multiarray = np._core.multiarray
     allowed = [HistoryBuffer, np.ndarray, np.dtype, multiarray._reconstruct, multiarray.scalar]
     allowed += [getattr(np.dtypes, f"{kind}DType") for kind in ("Float32", "Float64", "Int32", "Int64", "Bool")]

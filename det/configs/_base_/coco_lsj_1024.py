@@ -1,6 +1,6 @@
 # COCO with large-scale jitter: pictures scaled by 0.1 to 2 against 1024, then cut or padded to 1024 × 1024.
 _base_ = ["mmdet::_base_/datasets/coco_instance.py", "mmdet::_base_/default_runtime.py"]
-custom_imports = dict(imports=["vim.dense"], allow_failed_imports=False)
+custom_imports = dict(imports=["vim.dense.register"], allow_failed_imports=False)
 image_size = (1024, 1024)
 train_pipeline = [
     dict(type="LoadImageFromFile"),

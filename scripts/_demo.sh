@@ -1,0 +1,40 @@
+# Sourced by demo_seg.sh and demo_det.sh: runs seg/demo.py or det/demo.py on a picture.
+# Environment, with defaults:
+#   CKPT      checkpoint that train.py wrote; without one, the small model of the made-up shapes is trained first, once,
+#             which takes some minutes on a CPU, and kept under output/
+#   CONFIG    its config; required with CKPT
+#   OUTPUT    the picture to write (output/demo_<seg or det>.png)
+#   PYTHON    interpreter (.venv/bin/python if it is there, else python3)
+
+set -euo pipefail
+root="$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+
+demo() {
+    # $1: "seg" or "det"; $2: config of the small model; then the command line
+    local task="$1" config="$root/$1/configs/$2.py" folder="$root/output/$2"
+    shift 2
+    if [ $# -lt 1 ] || [ ! -f "$1" ]; then
+        echo "error: give a picture: bash scripts/demo_$task.sh IMAGE" >&2
+        exit 2
+    fi
+    if [ -n "${CKPT:-}" ] && [ -z "${CONFIG:-}" ]; then
+        echo "error: CKPT is set without CONFIG: give the config that the checkpoint was trained with" >&2
+        exit 2
+    fi
+    local python="${PYTHON:-}"
+    if [ -z "$python" ]; then
+        python=python3
+        if [ -x "$root/.venv/bin/python" ]; then python="$root/.venv/bin/python"; fi
+    fi
+    local checkpoint="${CKPT:-}"
+    if [ -z "$checkpoint" ]; then
+        if [ ! -f "$folder/last_checkpoint" ]; then
+            echo "== no CKPT: training the small model of made-up shapes once (some minutes on a CPU)"
+            "$python" "$root/scripts/make_shapes.py" "$root/output/shapes"
+            "$python" "$root/$task/train.py" "$config" --data-root "$root/output/shapes" --work-dir "$folder"
+        fi
+        checkpoint="$(cat "$folder/last_checkpoint")"
+    fi
+    "$python" "$root/$task/demo.py" "$1" "${CONFIG:-$config}" "$checkpoint" \
+        --out "${OUTPUT:-$root/output/demo_$task.png}" "${@:2}"
+}

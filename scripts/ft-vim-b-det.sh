@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Train Cascade Mask R-CNN on COCO with a Vim-B backbone, 184,375 iterations of 64 pictures (8 GPUs of 8).
+# Environment and --dry-run: see scripts/_dense.sh.
+# shellcheck source=scripts/_dense.sh
+source "$(dirname "${BASH_SOURCE[0]}")/_dense.sh"
+dense ft-vim-b-det det train cascade-mask-rcnn_vim-b-rope_lsj-184k "$@"

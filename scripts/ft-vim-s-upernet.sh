@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Train UperNet on ADE20K with a Vim-S backbone, 60,000 iterations of 32 pictures (4 GPUs of 8).
+# Environment and --dry-run: see scripts/_dense.sh.
+# shellcheck source=scripts/_dense.sh
+source "$(dirname "${BASH_SOURCE[0]}")/_dense.sh"
+dense ft-vim-s-upernet seg train upernet_vim-s_ade20k-512_60k "$@"

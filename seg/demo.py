@@ -1,0 +1,10 @@
+"""Draw the classes of all pixels over a picture: `python seg/demo.py IMAGE CONFIG CHECKPOINT --out FILE.png`."""
+
+import sys
+from functools import partial
+
+from vim.dense.cli import run_main
+from vim.dense.demo import demo
+
+if __name__ == "__main__":
+    sys.exit(run_main(partial(demo, "seg")))
