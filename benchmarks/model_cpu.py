@@ -137,11 +137,9 @@ def read_rows(path: Path) -> list[dict]:
     """Rows of an earlier run, or none."""
     if not path.exists():
         return []
+    kinds = {"ms": float, "images_s": float, "over_deit_fused": float, "peak_mib": float, "threads": int}
     with open(path, newline="") as file:
-        return [
-            {k: v if k in ("case", "dtype", "model", "isa") else float(v) for k, v in row.items()}
-            for row in csv.DictReader(file)
-        ]
+        return [{k: kinds.get(k, str)(v) for k, v in row.items()} for row in csv.DictReader(file)]
 
 
 def summary(rows: list[dict]) -> list[str]:

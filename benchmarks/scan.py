@@ -165,7 +165,7 @@ def main() -> None:
     with open(args.out / "scan.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
     by_length = [r for r in rows if (r["batch"], r["dim"], r["states"], r["threads"]) == (1, 384, 16, 1)]
     by_length = sorted({r["len"]: r for r in by_length}.values(), key=lambda r: r["len"])
     figure, axes = plt.subplots(figsize=(6, 4))
