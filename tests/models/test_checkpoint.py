@@ -11,6 +11,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from timm.data import resolve_input_data_config
 from timm.models import save_for_hf
 
 from vim.models import CheckpointError, extract_state_dict, load_checkpoint, load_into
@@ -169,6 +170,21 @@ def test_timm_export_round_trip(img_size, nano, tmp_path):
     again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     images = torch.randn(1, 3, *model.patch_embed.img_size)
     assert torch.equal(again(images), model(images))
+
+
+def test_timm_export_of_a_changed_model(tmp_path):
+    """The folder records what was changed after construction, and its weights fit other sizes again."""
+    torch.manual_seed(0)
+    model = timm.create_model(NANO, in_chans=1).eval()
+    model.set_input_size((24, 48))
+    model.reset_classifier(7, "avg")
+    assert resolve_input_data_config(model)["input_size"] == (1, 24, 48)
+    save_for_hf(model, tmp_path)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    images = torch.randn(1, 1, 24, 48)
+    assert torch.equal(again(images), model(images))
+    square = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, img_size=32)
+    assert torch.equal(square.pos_embed[:, 32], model.pos_embed[:, 36])
 
 
 def test_wrong_head_is_reset_with_a_notice(nano, caplog):

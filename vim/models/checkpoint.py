@@ -157,6 +157,12 @@ def checkpoint_filter_fn(
     state_dict = extract_state_dict(state_dict)
     pos_embed = state_dict.get("pos_embed")
     if pos_embed is not None and model.pos_embed is not None and (grid or pos_embed.shape != model.pos_embed.shape):
+        if grid is None:
+            # Of an image size that timm's configuration of the weights names, if that accounts for every row.
+            height, width = (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3, 0, 0))[-2:]
+            rows, columns = model.patch_embed.dynamic_feat_size((height, width))
+            if rows * columns + model.num_prefix_tokens == pos_embed.shape[1]:
+                grid = rows, columns
         state_dict["pos_embed"] = resample_pos_embed(
             pos_embed, model.patch_embed.grid_size, class_token=model.class_token, old_grid=grid
         )

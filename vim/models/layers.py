@@ -15,6 +15,11 @@ from timm.models._features import feature_take_indices
 from torch import nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+try:  # timm's record of a model's size, for its data configuration and its export; older versions keep none
+    from timm.models._input import update_model_input_size
+except ImportError:
+    update_model_input_size = None
+
 
 def checked_size(name: str, value: Any, least: Sequence[int] = (1, 1)) -> tuple[int, int]:
     """(height, width) from a side or a pair.

@@ -10,6 +10,24 @@ from timm.models import register_notrace_function
 from vim.models.pos_embed import class_positions, insert_class_tokens, resample_grid, split_class_tokens
 from vim.models.rope import rotary_tables, rotate
 
+# timm's names of poolings, and the published ones.
+GLOBAL_POOLS = {"token": None, "avg": "mean", "max": "max", "last": "none", "": "all"}
+
+
+def checked_pool(global_pool: str | None, default: str, class_token: str) -> str:
+    """The pooling asked for, or the default.
+
+    Raises:
+        ValueError: there is no such pooling, or no class token to take.
+    """
+    if global_pool is None:
+        return default
+    if not isinstance(global_pool, str) or global_pool not in GLOBAL_POOLS:
+        raise ValueError(f"global_pool is {global_pool!r}, expected one of {', '.join(map(repr, GLOBAL_POOLS))}")
+    if global_pool == "token" and class_token == "none":
+        raise ValueError("global_pool='token' needs a class token: build the model with if_cls_token=True")
+    return global_pool
+
 
 @register_notrace_function
 def check_images(x: torch.Tensor, in_chans: int, img_size: tuple[int, int], dynamic: bool) -> torch.Tensor:

@@ -18,16 +18,28 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from vim.models.checkpoint import checkpoint_filter_fn
-from vim.models.layers import Block, PatchEmbed, checked_indices, checked_size, residual_norm
+from vim.models.layers import (
+    Block,
+    PatchEmbed,
+    checked_indices,
+    checked_size,
+    residual_norm,
+    update_model_input_size,
+)
 from vim.models.pos_embed import class_positions, resample_pos_embed, split_class_tokens
 from vim.models.rope import RotaryEmbedding2d
-from vim.models.tokens import check_images, embed_tokens, pool_features, pool_tokens, rotate_tokens
+from vim.models.tokens import (
+    GLOBAL_POOLS,
+    check_images,
+    checked_pool,
+    embed_tokens,
+    pool_features,
+    pool_tokens,
+    rotate_tokens,
+)
 
 # timm looks for the filter in the module of the class.
 __all__ = ["VisionMamba", "checkpoint_filter_fn"]
-
-FINAL_POOL_TYPES = ("none", "mean", "max", "all")
-_GLOBAL_POOLS = {"token": None, "avg": "mean", "max": "max", "last": "none", "": "all"}
 
 
 class VisionMamba(nn.Module):
@@ -127,8 +139,9 @@ class VisionMamba(nn.Module):
                 f"if_bidirectional already runs every second block backwards: use bimamba_type='none', "
                 f"got {bimamba_type!r}"
             )
-        if final_pool_type not in FINAL_POOL_TYPES:
-            raise ValueError(f"final_pool_type is {final_pool_type!r}, expected one of {', '.join(FINAL_POOL_TYPES)}")
+        pools = {published: timm_name for timm_name, published in GLOBAL_POOLS.items() if published}
+        if final_pool_type not in pools:
+            raise ValueError(f"final_pool_type is {final_pool_type!r}, expected one of {', '.join(pools)}")
         factory = {"device": device, "dtype": dtype}
         self.num_classes, self.drop_rate, self.depth = num_classes, drop_rate, depth
         self.embed_dim = self.num_features = self.head_hidden_size = embed_dim
@@ -143,8 +156,8 @@ class VisionMamba(nn.Module):
         else:
             self.class_token = "middle" if use_middle_cls_token else "head"
         self.num_prefix_tokens = len(class_positions(self.class_token, 0))
-        default_pool = next(k for k, v in _GLOBAL_POOLS.items() if v == final_pool_type)
-        self.global_pool = self._checked_pool(global_pool, "token" if if_cls_token else default_pool)
+        default_pool = "token" if if_cls_token else pools[final_pool_type]
+        self.global_pool = checked_pool(global_pool, default_pool, self.class_token)
 
         self.patch_embed = PatchEmbed(img_size, patch_size, stride, channels, embed_dim, **factory)
         for name in {"none": [], "double": ["cls_token_head", "cls_token_tail"]}.get(self.class_token, ["cls_token"]):
@@ -186,16 +199,6 @@ class VisionMamba(nn.Module):
             {"module": f"layers.{i}", "num_chs": embed_dim, "reduction": reduction} for i in range(depth)
         ]
         self.init_weights(needs_reset=False)
-
-    def _checked_pool(self, global_pool: str | None, default: str) -> str:
-        if global_pool is None:
-            return default
-        if not isinstance(global_pool, str) or global_pool not in _GLOBAL_POOLS:
-            allowed = ", ".join(map(repr, _GLOBAL_POOLS))
-            raise ValueError(f"global_pool is {global_pool!r}, expected one of {allowed}")
-        if global_pool == "token" and self.class_token == "none":
-            raise ValueError("global_pool='token' needs a class token: build the model with if_cls_token=True")
-        return global_pool
 
     @torch.no_grad()
     def init_weights(self, needs_reset: bool = True) -> None:
@@ -262,7 +265,7 @@ class VisionMamba(nn.Module):
         """
         if not isinstance(num_classes, int) or num_classes < 0:
             raise ValueError(f"num_classes is {num_classes!r}, expected a whole number of at least 0")
-        self.global_pool = self._checked_pool(global_pool, self.global_pool)
+        self.global_pool = checked_pool(global_pool, self.global_pool, self.class_token)
         self.num_classes = num_classes
         self.head = nn.Identity()
         if num_classes > 0:
@@ -298,6 +301,8 @@ class VisionMamba(nn.Module):
             for info in self.feature_info:
                 info["reduction"] = embed.feat_ratio()
         embed.grid_size, embed.img_size = embed.dynamic_feat_size(img_size), img_size
+        if update_model_input_size is not None:
+            update_model_input_size(self, img_size, patch_size=embed.patch_size, stride=embed.stride)
         if embed.grid_size == old_grid:
             return
         if self.pos_embed is not None:
@@ -464,7 +469,10 @@ class VisionMamba(nn.Module):
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt is '{output_fmt}', expected 'NCHW' or 'NLC'")
-        take, last = self._take_indices(indices)
+        if torch.jit.is_scripting():
+            take, last = feature_take_indices(len(self.layers), indices)
+        else:
+            take, last = checked_indices(len(self.layers), self.if_bidirectional, indices)
         hidden, grid, positions = self._embed(x)
         hidden, residual, streams = self._blocks(
             hidden, grid, positions, take, norm, last + 1 if stop_early else len(self.layers)
@@ -483,12 +491,6 @@ class VisionMamba(nn.Module):
         if intermediates_only:
             return maps
         return self._final_norm(hidden, residual), maps
-
-    def _take_indices(self, indices: int | list[int] | None) -> tuple[list[int], int]:
-        if torch.jit.is_scripting():
-            return feature_take_indices(len(self.layers), indices)
-        else:
-            return checked_indices(len(self.layers), self.if_bidirectional, indices)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
