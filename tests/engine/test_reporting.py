@@ -132,6 +132,7 @@ def test_missing_tracker_is_named_before_anything_is_written(name, monkeypatch, 
     monkeypatch.setattr("importlib.util.find_spec", lambda module: None)
     with pytest.raises(UserError, match=rf"pip install 'vision-mamba\[{name}\]'"):
         parse_args([*NANO, "--trackers", "tensorboard", name, "--output_dir", str(tmp_path)])
+    parse_args([*NANO, "--trackers", name, "--eval", "--resume", "run.pth"])
     monkeypatch.setattr("importlib.util.find_spec", lambda module: object())
     with pytest.raises(UserError, match="pass --output-dir"):
         parse_args([*NANO, "--trackers", name])

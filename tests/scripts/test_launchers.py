@@ -8,9 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from vim.engine.arguments import parse_args
 
@@ -88,20 +86,6 @@ def test_embedded_set_needs_no_data():
     done = run("ft-vim-t.sh", "--config", "recipes/ft-nano.yaml", "--data-set", "FMNIST", "--dry-run", FINETUNE="a.pth")
     assert done.returncode == 0, done.stderr
     assert "--data-path" not in done.stdout
-
-
-@pytest.fixture(scope="module")
-def jpegs(tmp_path_factory):
-    """Three classes of small JPEGs in ImageNet's layout: 2 training images and 1 test image of each."""
-    root = tmp_path_factory.mktemp("jpegs")
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 2), ("val", 1)):
-        for name in "abc":
-            (root / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.integers(0, 255, (60, 70, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f"{i}.jpg")
-    return root
 
 
 @pytest.mark.slow

@@ -123,10 +123,12 @@ def check_trackers(args: argparse.Namespace) -> None:
     Raises:
         UserError: a tracker's library is missing, or there is no folder for its files.
     """
+    if args.eval:
+        return  # has none, whatever trackers the checkpoint's run had
     for name in set(args.trackers) & {"wandb", "mlflow"}:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"--trackers {name} needs {name}: pip install 'vision-mamba[{name}]'")
-        if not args.output_dir and not args.eval:
+        if not args.output_dir:
             raise UserError(f"--trackers {name} keeps files beside the run's: pass --output-dir")
 
 
