@@ -3,6 +3,16 @@
 from collections.abc import Callable, Sequence
 
 import torch
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+
+def dispatched() -> bool:
+    """Whether an operator must go through torch's dispatcher, because somebody other than eager autograd watches.
+
+    That is a compiler, `torch.jit.trace`, or a dispatch mode (fake tensors, FLOP counter).
+    """
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode()
 
 
 def gradients(
@@ -33,7 +43,18 @@ def gradients(
 
 
 def recording(*tensors: torch.Tensor | None) -> bool:
-    """Whether autograd will want the gradient of a function of these tensors."""
+    """Whether autograd will want the gradient of a function of these tensors.
+
+    Raises:
+        RuntimeError: one of them carries a tangent of forward-mode differentiation, which would be lost.
+    """
+    if forward_ad._current_level >= 0:
+        for t in tensors:
+            if t is not None and forward_ad.unpack_dual(t).tangent is not None:
+                raise RuntimeError(
+                    "the operators have no forward-mode derivative (jvp): use reverse mode, "
+                    "or differentiate the reference function"
+                )
     if torch.is_grad_enabled():
         for t in tensors:
             if t is not None and t.requires_grad:

@@ -4,6 +4,9 @@ import pytest
 import torch
 from causal_conv1d_vim import causal_conv1d, causal_conv1d_fn, causal_conv1d_ref, causal_conv1d_update
 from mamba_ssm_vim import Mamba, add_norm, selective_scan, selective_scan_fn, selective_scan_ref, selective_state_update
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 OPS = torch.ops.vision_mamba
 DTYPES = [torch.float32, torch.bfloat16]
@@ -175,6 +178,47 @@ def test_operators_leave_dtypes_to_the_caller(randn, dtype):
         assert causal_conv1d(x, randn(DIM, WIDTH)).dtype == dtype
         y, residual = add_norm(x, randn(BATCH, SEQLEN, DIM), randn(DIM))
     assert (y.dtype, residual.dtype) == (dtype, torch.float32)
+
+
+def test_fake_tensors_and_dispatch_modes_see_the_operators(randn):
+    seen = []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    mamba, x = Mamba(24, bimamba_type="v2"), randn(2, 9, 24)
+    with torch.no_grad():
+        expected = mamba(x)
+        with Mode():
+            torch.testing.assert_close(mamba(x), expected, rtol=1e-4, atol=1e-5)
+    assert seen.count("vision_mamba.selective_scan.default") == 2
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert mamba(torch.empty(5, 3, 24)).shape == (5, 3, 24)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit.trace is deprecated
+def test_traced_operators_are_no_constants(randn):
+    mamba = Mamba(24, bimamba_type="v2").eval()
+    with torch.no_grad():
+        traced = torch.jit.trace(mamba, randn(2, 9, 24))
+        x = randn(2, 9, 24)
+        torch.testing.assert_close(traced(x), mamba(x), rtol=1e-4, atol=1e-5)
+
+
+def test_forward_mode_is_refused(randn):
+    """There is no formula for it; the tangent must not be lost in silence."""
+    x, weight, ones = randn(2, 5, DIM), randn(DIM, WIDTH), torch.ones(DIM)
+    A, B = -torch.ones(DIM, DSTATE), randn(2, 5, 1, DSTATE)
+    for function in (
+        lambda x: causal_conv1d(x, weight),
+        lambda x: selective_scan(x, x, A, B, B, delta_softplus=True),
+        lambda x: add_norm(x, None, ones)[0],
+        Mamba(DIM),
+    ):
+        with forward_ad.dual_level(), pytest.raises(RuntimeError, match="jvp"):
+            function(forward_ad.make_dual(x, torch.ones_like(x)))
 
 
 def test_second_derivatives_are_refused(randn):

@@ -2,7 +2,7 @@
 
 import torch
 
-from causal_conv1d_vim.autodiff import forbid_double_backward, recording
+from causal_conv1d_vim.autodiff import dispatched, forbid_double_backward, recording
 from causal_conv1d_vim.registry import OpBackends
 
 backends = OpBackends("causal_conv1d", "causal_conv1d_vim.conv")
@@ -124,7 +124,7 @@ def causal_conv1d(
             raise ValueError(f"{name} must be {expected}, got {tuple(t.shape)}")
         if t.is_cpu is not x.is_cpu:
             raise ValueError(f"all tensors must be on one device: x is on {x.device}, {name} on {t.device}")
-    if torch.compiler.is_compiling():
+    if dispatched():
         return torch.ops.vision_mamba.causal_conv1d(x, weight, bias, initial_state, activation is not None, reverse)
     backend = backends.module(backends.pick(x, weight))
     if recording(x, weight, bias, initial_state):

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import torch
 import torch.nn.functional as F
-from causal_conv1d_vim.autodiff import forbid_double_backward, recording
+from causal_conv1d_vim.autodiff import dispatched, forbid_double_backward, recording
 from causal_conv1d_vim.backend import forced_backend
 from causal_conv1d_vim.conv import causal_conv1d
 from causal_conv1d_vim.registry import OpBackends
@@ -62,7 +62,7 @@ def _one_direction(x: torch.Tensor, z: torch.Tensor, p: Direction) -> torch.Tens
 
 def _fused(xz: torch.Tensor, directions: list[Direction]) -> ModuleType | None:
     """The first backend with a fused mixer that can serve the call; None leaves it to the operators one by one."""
-    if torch.compiler.is_compiling():
+    if dispatched():
         return None
     forced = forced_backend()
     for name in backends.names:

@@ -1,7 +1,7 @@
 """Residual add and norm as one torch operator, and the modules and published functions on top of it."""
 
 import torch
-from causal_conv1d_vim.autodiff import forbid_double_backward, recording
+from causal_conv1d_vim.autodiff import dispatched, forbid_double_backward, recording
 from causal_conv1d_vim.registry import OpBackends
 from torch import nn
 
@@ -147,7 +147,7 @@ def add_norm(
             raise ValueError(f"all tensors must be on one device: x is on {x.device}, {name} on {t.device}")
     if residual_dtype is None:
         residual_dtype = x.dtype if residual is None else residual.dtype
-    if torch.compiler.is_compiling():
+    if dispatched():
         return torch.ops.vision_mamba.add_norm(x, residual, weight, bias, eps, rms, residual_dtype)[:2]
     if recording(x, residual, weight, bias):
         return _AddNorm.apply(x, residual, weight, bias, eps, rms, residual_dtype)

@@ -1,7 +1,7 @@
 """Selective scan as a torch operator: registration, autograd and the public token-major function."""
 
 import torch
-from causal_conv1d_vim.autodiff import forbid_double_backward, recording
+from causal_conv1d_vim.autodiff import dispatched, forbid_double_backward, recording
 from causal_conv1d_vim.registry import OpBackends
 
 backends = OpBackends("selective_scan", "mamba_ssm_vim.ops.selective_scan")
@@ -160,7 +160,7 @@ def selective_scan(
         BackendError: a forced backend cannot run this call.
     """
     _check(u, delta, A, B, C, D, z, delta_bias, initial_state)
-    if torch.compiler.is_compiling():
+    if dispatched():
         out, last_state = torch.ops.vision_mamba.selective_scan(
             u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, reverse
         )
