@@ -7,8 +7,10 @@ Legend: S directions, B batch, L tokens, E inner channels, N states, R rank of d
 """
 
 import ctypes
+import math
 
 import torch
+from causal_conv1d_vim.backend import forced_backend
 from causal_conv1d_vim.conv import cuda as conv
 from causal_conv1d_vim.cuda_library import DATA_TYPES, address, int32, int64, pointer
 
@@ -41,6 +43,8 @@ def why_not(xz: torch.Tensor, directions: list) -> str | None:
             return f"{direction.A.shape[1]} states are more than {scan.MAX_STATES}"
         if not 2 <= direction.conv_weight.shape[1] <= 4:
             return f"the convolution's width is {direction.conv_weight.shape[1]}, not 2 to 4"
+    if forced_backend() is None and torch.is_grad_enabled() and _idles(xz, scan.multiprocessors(xz.device)):
+        return "its backward scan, which is not cut in time, would leave the GPU idle"
     if len({direction.A.shape[1] for direction in directions}) != 1:
         return "the directions have different numbers of states"
     if len({direction.conv_weight.shape[1] for direction in directions}) != 1:
@@ -48,6 +52,12 @@ def why_not(xz: torch.Tensor, directions: list) -> str | None:
     if len({direction.dt_proj_weight.shape[1] for direction in directions}) != 1:
         return "the directions have steps of different ranks"
     return None
+
+
+def _idles(xz: torch.Tensor, multiprocessors: int) -> bool:
+    """Whether a backward scan of xz (B, L, 2E) is long, with a block (of 64 channels) for fewer than every eighth SM."""
+    batch, seqlen, dim = xz.shape[0], xz.shape[1], xz.shape[2] // 2
+    return seqlen >= 1024 and 8 * batch * math.ceil(dim / 64) < multiprocessors
 
 
 def _ways(directions: list) -> list:

@@ -160,7 +160,7 @@ def launch_forward(
     args = ScanForwardArgs()
     if cut is None:
         blocks = library.query("vim_scan_forward_blocks", dim, groups, 2)
-        cut = chunk_tiles(batch * blocks * 2 * len(sides), seqlen, _multiprocessors(u.device))
+        cut = chunk_tiles(batch * blocks * 2 * len(sides), seqlen, multiprocessors(u.device))
     boundaries: list[torch.Tensor] = []
     alive: list[torch.Tensor | None] = []
     for side, tensors in zip(args.side, sides, strict=False):
@@ -187,7 +187,8 @@ def launch_forward(
 _multiprocessor_counts: dict[torch.device, int] = {}
 
 
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device; 1 for a CPU."""
     if device not in _multiprocessor_counts:
         is_cuda = device.type == "cuda"
         count = torch.cuda.get_device_properties(device).multi_processor_count if is_cuda else 1
