@@ -55,7 +55,7 @@ def why_not(xz: torch.Tensor, directions: list) -> str | None:
 
 
 def _idles(xz: torch.Tensor, multiprocessors: int) -> bool:
-    """Whether a backward scan of xz (B, L, 2E) is long, with a block (of 64 channels) for fewer than every eighth SM."""
+    """Whether a backward scan of xz (B, L, 2E) is long, with a block of 64 channels for less than every eighth SM."""
     batch, seqlen, dim = xz.shape[0], xz.shape[1], xz.shape[2] // 2
     return seqlen >= 1024 and 8 * batch * math.ceil(dim / 64) < multiprocessors
 
