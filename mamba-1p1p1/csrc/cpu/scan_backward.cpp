@@ -392,8 +392,7 @@ void sum_slabs(const void *args, int64_t task, int64_t) {
 }
 
 // Adds the batch items' shares of the parameter gradients in order, and deals them out.
-void sum_items(const void *args, int64_t channel, int64_t) {
-  const Call &call = *(const Call *)args;
+void sum_items_of(const Call &call, int64_t channel) {
   const ScanGradArgs &g = call.g;
   const ScanArgs &a = g.in;
   const int64_t n = a.states, rows = call.per_channel;
@@ -416,6 +415,12 @@ void sum_items(const void *args, int64_t channel, int64_t) {
     g.dbias[channel] = at[1];
 }
 
+void sum_items(const void *args, int64_t block, int64_t) {
+  const Call &call = *(const Call *)args;
+  for (int64_t c = block * BLOCK; c < min_of((block + 1) * BLOCK, call.g.in.dim); ++c)
+    sum_items_of(call, c);
+}
+
 void backward(const ScanGradArgs *args) {
   const ScanArgs &a = args->in;
   Call call{*args, Cut(a, false), a.rank + 2 * a.states, nullptr, nullptr, 0};
@@ -426,7 +431,7 @@ void backward(const ScanGradArgs *args) {
   call.items = call.partial + partial;
   vim::parallel(a.batch * a.groups * call.cut.slabs, a.threads, backward_task, &call);
   vim::parallel(a.batch * call.cut.chunks, a.threads, sum_slabs, &call);
-  vim::parallel(a.dim, 1, sum_items, &call);
+  vim::parallel((a.dim + BLOCK - 1) / BLOCK, a.threads, sum_items, &call);
 }
 
 }  // namespace
