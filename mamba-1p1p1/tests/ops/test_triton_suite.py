@@ -46,7 +46,9 @@ def compile_all(target: str, *arguments: str) -> None:
     )
     assert result.returncode == 0, result.stderr[-4000:]
     kernels = [json.loads(line) for line in result.stdout.splitlines()]
-    assert {"scan_forward", "scan_backward", "conv_backward", "norm_backward"} <= {k["kernel"] for k in kernels}
+    assert {"scan_forward", "scan_backward", "conv_backward", "norm_backward", "state_update"} <= {
+        k["kernel"] for k in kernels
+    }
     assert not [k for k in kernels if k["local"] > LOCAL_LIMIT[target]]
 
 

@@ -17,6 +17,7 @@ from causal_conv1d_vim import triton_support
 from causal_conv1d_vim.conv import triton as conv
 from mamba_ssm_vim.ops.norm import triton as norm
 from mamba_ssm_vim.ops.selective_scan import triton as scan
+from mamba_ssm_vim.ops.triton import selective_state_update as update
 from triton.backends.compiler import GPUTarget
 from triton.runtime import jit
 
@@ -90,6 +91,8 @@ def launch_all(width: int, dtype: torch.dtype, *, quick: bool = False) -> None:
             out, _, saved = scan.forward(u, delta, A, B, C, D, z, bias, None, **flags, save=True)
             scan.forward(u, delta, A, B, C, D, z, bias, None, **flags, accumulate_into=out)
             scan.backward(dout, None, u, delta, A, B, C, D, z, bias, None, saved, **flags)
+    row, states = torch.empty(2, inner, dtype=dtype), torch.empty(2, STATES, dtype=dtype)
+    update._update_in_triton(torch.empty(2, inner, STATES), row, row, A, states, states, D, row, bias, True)
     h, residual, scale = torch.empty(2, 197, width, dtype=dtype), torch.empty(2, 197, width), torch.empty(width)
     for rms in (True, False):
         _, total, mean, rstd = norm.forward(h, residual, scale, None, eps=1e-5, rms=rms, residual_dtype=torch.float32)

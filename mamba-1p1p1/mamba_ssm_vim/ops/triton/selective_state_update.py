@@ -2,6 +2,8 @@
 
 import torch
 import torch.nn.functional as F
+from causal_conv1d_vim import triton_support
+from causal_conv1d_vim.backend import forced_backend
 
 from mamba_ssm_vim.ops.selective_scan import selective_scan
 
@@ -48,6 +50,8 @@ def selective_state_update(
     if state_batch_indices is not None:
         return _update_rows(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices)
     _check(state, x, dt, A, B, C, D, z, dt_bias)
+    if _in_triton(state, x, dt, A, B, C, D, z, dt_bias):
+        return _update_in_triton(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
     channels = x[0].numel() if x.shape[0] else x.shape[1:].numel()
 
     def token(t):
@@ -69,6 +73,37 @@ def selective_state_update(
     with torch.no_grad():
         state.copy_(after.view(state.shape))
     return out.view(x.shape)
+
+
+def _in_triton(state, x, dt, A, B, C, D, z, dt_bias) -> bool:
+    """Whether one kernel may do the step in place: nothing to differentiate, and Triton serves the device and types."""
+    tensors = [t for t in (state, x, dt, A, B, C, D, z, dt_bias) if t is not None]
+    return (
+        not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and forced_backend() in (None, "triton")
+        and x.numel() > 0
+        and state.is_contiguous()
+        and all(t.dtype in triton_support.DTYPES and t.device == x.device for t in tensors)
+        and triton_support.why_not(x) is None
+    )
+
+
+def _update_in_triton(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus) -> torch.Tensor:
+    from mamba_ssm_vim.ops.triton.state_update_kernels import state_update
+
+    batch, channels, dstate = x.shape[0], x[0].numel(), state.shape[-1]
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    x, dt, A, B, C, D, z, dt_bias = (None if t is None else t.contiguous() for t in (x, dt, A, B, C, D, z, dt_bias))
+    states = 1 << max(0, dstate - 1).bit_length()
+    block = max(1, min(64, 4096 // states))
+    with triton_support.guard(x):
+        state_update[(batch, -(-channels // block))](
+            state, x, dt, A, B, C, D, z, dt_bias, out, channels, dstate, B.shape[1] if B.dim() == 3 else 1,
+            HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=dt_bias is not None, SOFTPLUS=dt_softplus,
+            N=states, BLOCK_E=block, num_warps=4,
+        )  # fmt: skip
+    return out
 
 
 def selective_state_update_ref(

@@ -1,0 +1,46 @@
+"""The Triton step of the scan in Triton's interpreter (or on a GPU), against the reference."""
+
+import functools
+
+import pytest
+import torch
+from causal_conv1d_vim import triton_support
+from causal_conv1d_vim.backend import use_backend
+from mamba_ssm_vim.ops.triton import selective_state_update as module
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cpu" and not triton_support.interpreting(), reason="test_triton_suite.py runs this under the interpreter"
+)
+# Float32 sums of at most 16 terms, in another order; one rounding, which the interpreter makes by cutting bits off.
+LIMITS = {torch.float32: 4e-6, torch.bfloat16: 2**-7 + 4e-6}
+
+
+def error(actual, expected):
+    assert torch.isfinite(actual).all()
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@pytest.mark.parametrize(
+    ("channels", "groups", "dstate", "dtype", "full"),
+    [
+        ((70,), 0, 16, torch.float32, True),  # two blocks, the second in part
+        ((4, 5), 2, 6, torch.bfloat16, True),  # heads and groups, states that are no power of two
+        ((3,), 0, 1, torch.float32, False),
+    ],
+)
+def test_matches_the_reference(channels, groups, dstate, dtype, full):
+    randn = functools.partial(torch.randn, generator=torch.Generator(DEVICE).manual_seed(0), device=DEVICE)
+    state = randn(2, *channels, dstate)
+    x, dt, z = (randn(2, *channels).to(dtype) for _ in range(3))
+    A, D, bias = -randn(*channels, dstate).abs(), randn(*channels), randn(*channels)
+    B, C = (randn(2, *((groups, dstate) if groups else (dstate,))) for _ in range(2))
+    rest = (D, z, bias, True) if full else (None, None, None, False)
+    expected_state = state.clone()
+    expected = module.selective_state_update_ref(expected_state, x, dt, A, B, C, *rest)
+    with use_backend("triton"), torch.no_grad():
+        assert module._in_triton(state, x, dt, A, B, C, *rest[:3])
+        out = module.selective_state_update(state, x, dt, A, B, C, *rest)
+    assert out.dtype == dtype
+    assert error(out, expected) < LIMITS[dtype]
+    assert error(state, expected_state) < 4e-6
