@@ -84,7 +84,6 @@ def test_detection_schedules():
 FULL_SIZE = {
     "seg/configs/upernet_vim-t_ade20k-512_60k.py": {},
     "seg/configs/upernet_vim-s_ade20k-512_60k.py": {},
-    "seg/configs/fcn_vim-t_ade20k-512_60k.py": {},
     "det/configs/cascade-mask-rcnn_vim-t-rope_lsj-184k.py": {},
     "det/configs/mask-rcnn_vim-s_lsj-184k.py": {},
     # Recomputing blocks keeps Vim-B at 1024 within the memory of a small machine.
