@@ -97,7 +97,7 @@ def test_pretrain_finetune_and_evaluate(size, jpegs, tmp_path):
     """
     small = (
         "--batch-size", "2", "--epochs", "1", "--num-workers", "0", "--no-repeated-aug", "--input-size", "64",
-        "--no-model-ema", "--opt", "sgd", "--momentum", "0", "--trackers", "none",
+        "--no-model-ema", "--opt", "momentum", "--momentum", "0", "--trackers", "none",
     )  # fmt: skip
     variables = {"DATA": str(jpegs), "GPUS": "1", "OMP_NUM_THREADS": "2"}
     pretrained, tuned = tmp_path / "pt", tmp_path / "ft"
