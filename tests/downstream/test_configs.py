@@ -100,7 +100,8 @@ def test_a_step_at_full_resolution(path, published):
 
     task = path.split("/")[0]
     cfg = read(path)
-    cfg.model.backbone.update(FULL_SIZE[path])
+    # With one picture, stochastic depth may leave out the very block whose gradient is looked at.
+    cfg.model.backbone.update({**FULL_SIZE[path], "drop_path_rate": 0.0})
     cfg.model.backbone.init_cfg = {"type": "Pretrained", "checkpoint": str(published(cfg.model.backbone.arch))}
     torch.manual_seed(0)
     model = MODELS.build(cfg.model)
