@@ -34,8 +34,9 @@ class Training:
         environment = submitit.helpers.TorchDistributedEnvironment().export(overwrite=True)
         sys.path.insert(0, str(ROOT))
         os.chdir(ROOT / "vim")
-        from vim.engine.run import run
+        from vim.engine.run import run, set_up_logging
 
+        set_up_logging()
         record = run(self.argv)
         if record.get("stopped") and environment.rank == 0 and "SLURM_JOB_ID" in os.environ:
             subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
@@ -133,7 +134,11 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 2
     executor.update_parameters(**wanted)
-    job = executor.submit(Training(flags))
+    try:
+        job = executor.submit(Training(flags))
+    except submitit.core.utils.FailedJobError as error:
+        print(f"error: SLURM does not take the job: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+        return 2
     print(f"job {job.job_id}: logs in {folder}")
     if args.executor == "local":
         records = job.results()

@@ -140,7 +140,8 @@ def test_missing_tracker_is_named_before_anything_is_written(name, monkeypatch, 
 
 def test_wandb(tree, tmp_path, monkeypatch):
     """A real run of Weights & Biases without a network, read back from its own file."""
-    wandb = pytest.importorskip("wandb")
+    import wandb
+
     monkeypatch.setenv("WANDB_MODE", "offline")
     train(tree, tmp_path / "run", "--trackers", "wandb", "--project", "made-up", "--histograms", "--epochs", 1)
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
@@ -149,7 +150,8 @@ def test_wandb(tree, tmp_path, monkeypatch):
 
 def test_mlflow(tree, tmp_path, monkeypatch):
     """A real run of MLflow in files, read back through its client: parameters, figures, the picture; then resumed."""
-    mlflow = pytest.importorskip("mlflow")
+    import mlflow
+
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     flags = ("--trackers", "mlflow", "--project", "made-up", "--histograms")
     train(tree, tmp_path / "run", *flags, "--epochs", 1)

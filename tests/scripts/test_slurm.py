@@ -1,13 +1,19 @@
-"""scripts/slurm/submit.py: what it asks for, what it refuses, and a real run of two processes on this machine."""
+"""scripts/slurm/submit.py: what it asks for, what it refuses, and real runs of two processes, also on a SLURM."""
 
+import getpass
 import json
 import os
 import shlex
+import shutil
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 SUBMIT = Path(__file__).parents[2] / "scripts" / "slurm" / "submit.py"
 
@@ -44,10 +50,20 @@ def test_mistakes_are_said_before_the_job_starts(tmp_path):
         (("pt-tiny", "--output", tmp_path, "--epoch", 3), "unrecognized arguments"),
         (("pt-tiny", "--output", tmp_path / "run"), "SLURM"),
     ):
-        done = submit(*argv, PATH="/usr/bin:/bin")
-        assert done.returncode == 2, done.stdout
+        done = submit(*argv, PATH=str(tmp_path))
+        assert done.returncode == 2, done.stderr
         assert words in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_job_that_slurm_refuses(tmp_path):
+    for name, script in (("srun", "exit 0"), ("sbatch", "echo 'sbatch: error: invalid partition' >&2; exit 1")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    done = submit("pt-tiny", "--output", tmp_path / "run", PATH=f"{tmp_path}:/usr/bin:/bin")
+    assert done.returncode == 2, done.stderr
+    assert "invalid partition" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
@@ -63,7 +79,121 @@ def test_two_processes_on_this_machine(jpegs, tmp_path):
         assert "'test_images': 3" in done.stdout
     records = [json.loads(line) for line in (tmp_path / "run" / "log.txt").read_text().splitlines()]
     assert [r["epoch"] for r in records] == [0, 1]
-    import torch
-
     checkpoint = torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=True)
     assert checkpoint["world_size"] == 2
+
+
+# The daemons lie where only the superuser looks.
+WITH_DAEMONS = os.pathsep.join((os.environ["PATH"], "/usr/sbin", "/sbin"))
+CONF = """\
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmdPort={ports[1]}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+ReturnToService=2
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+NodeName={host} NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+def wait_for(found, seconds, what):
+    """What `found()` gives as soon as it is true."""
+    deadline = time.monotonic() + seconds
+    while not (value := found()):
+        assert time.monotonic() < deadline, f"{what} took over {seconds} s"
+        time.sleep(0.2)
+    return value
+
+
+@pytest.fixture
+def cluster():
+    """A SLURM of this machine alone, with daemons of its own; gives its environment variables.
+
+    A requeued job waits for as long as a credential lasts, so `cred_expire` is short.
+    """
+    if missing := [n for n in ("munged", "slurmctld", "slurmd", "sbatch") if not shutil.which(n, path=WITH_DAEMONS)]:
+        pytest.skip(f"{missing[0]} is not there: apt-get install slurmctld slurmd slurm-client munge")
+    ports = []
+    for _ in range(2):
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            ports.append(server.getsockname()[1])
+    # Not in pytest's folder: the path of a socket must be short.
+    with tempfile.TemporaryDirectory(prefix="slurm-") as folder:
+        for name in ("state", "spool"):
+            Path(folder, name).mkdir()
+        key, conf = Path(folder, "munge.key"), Path(folder, "slurm.conf")
+        key.touch(0o600)
+        key.write_bytes(os.urandom(1024))
+        host = socket.gethostname().split(".")[0]
+        conf.write_text(CONF.format(host=host, ports=ports, user=getpass.getuser(), folder=folder))
+        variables = {"PATH": WITH_DAEMONS, "SLURM_CONF": str(conf)}
+        munge = [f"--{n}-file={folder}/munge.{n}" for n in ("key", "pid", "log", "seed")]
+        commands = (
+            ["munged", "--foreground", "--force", f"--socket={folder}/munge.socket", *munge], ["slurmctld", "-D"],
+            ["slurmd", "-D"],
+        )  # fmt: skip
+        daemons = []
+        try:
+            for k, command in enumerate(commands):
+                with Path(folder, f"{command[0]}.txt").open("w") as log:
+                    daemons.append(subprocess.Popen(
+                        command, env={**os.environ, **variables}, stdout=log, stderr=log, start_new_session=True
+                    ))  # fmt: skip
+                if k == 0:
+                    wait_for(Path(folder, "munge.socket").exists, 30, "munged's start")
+            wait_for(lambda: "idle" in slurm(variables, "sinfo", "--noheader", "--format=%T"), 60, "SLURM's start")
+            yield variables
+            slurm(variables, "scancel", "--full", "--user", getpass.getuser())
+        finally:
+            for daemon in reversed(daemons):
+                daemon.terminate()
+                daemon.wait(30)
+
+
+def slurm(variables, *command):
+    """What one of SLURM's commands prints."""
+    return subprocess.run(command, env={**os.environ, **variables}, text=True, capture_output=True, timeout=60).stdout
+
+
+@pytest.mark.slow
+def test_signal_requeues_the_job_and_it_goes_on(cluster, jpegs, tmp_path):
+    """The signal that SLURM sends before a time limit: saved, back in the queue, resumed, the bits of a whole run."""
+    flags = (
+        "--gpus-per-node", 0, "--tasks-per-node", 2, "--cpus-per-task", 1, "--data", jpegs, "--data-set", "IMNET",
+        "--in-chans", 3, "--batch-size", 1, "--device", "cpu", "--epochs", 40, "--trackers", "none",
+    )  # fmt: skip
+    cluster = {**cluster, "GLOO_SOCKET_IFNAME": "lo"}
+    done = submit("ft-nano", "--output", tmp_path / "run", *flags, **cluster)
+    assert done.returncode == 0, done.stderr
+    job = done.stdout.split()[1].rstrip(":")
+    log = tmp_path / "run" / "log.txt"
+    wait_for(lambda: log.exists() and log.read_text().count("\n") >= 3, 120, "the first epochs")
+    slurm(cluster, "scancel", "--signal=USR2", job)
+
+    def state():
+        return slurm(cluster, "squeue", "--noheader", "--states=all", "--format=%T", "--jobs", job).strip()
+
+    wait_for(lambda: state() in ("PENDING", "REQUEUED", "COMPLETING"), 60, "the end of the first part")
+    wait_for(lambda: state() in ("COMPLETED", "FAILED", "CANCELLED"), 200, "the second part")
+    assert state() == "COMPLETED"
+    lines = (tmp_path / "run" / "run.log").read_text()
+    assert lines.count("stopped by a signal") == 1
+    printed = "".join(p.read_text() for p in (tmp_path / "run" / "slurm").glob("*_log.err"))
+    assert printed.count("resuming from") == 1
+    assert [json.loads(line)["epoch"] for line in log.read_text().splitlines()] == list(range(40))
+    done = submit("ft-nano", "--output", tmp_path / "whole", "--executor", "local", *flags, GLOO_SOCKET_IFNAME="lo")
+    assert done.returncode == 0, done.stderr
+    first, second = (torch.load(tmp_path / n / "checkpoint.pth", weights_only=True)["model"] for n in ("run", "whole"))
+    assert all(torch.equal(first[k], second[k]) for k in first)

@@ -2,7 +2,7 @@
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -17,12 +17,16 @@ def seed_of(*key: int) -> int:
     return _words(key, 1)[0]
 
 
-def seed_all(*key: int) -> None:
-    """Seed Python's, numpy's and torch's generators (of every device) from a tuple of integers."""
+def _seed(key: tuple[int, ...], seed_torch: Callable[[int], object]) -> None:
     words = _words(key, 3)
     random.seed(words[0])
     np.random.seed(words[1])
-    torch.manual_seed(words[2])
+    seed_torch(words[2])
+
+
+def seed_all(*key: int) -> None:
+    """Seed Python's, numpy's and torch's generators (of every device) from a tuple of integers."""
+    _seed(key, torch.manual_seed)
 
 
 @contextlib.contextmanager
@@ -30,7 +34,8 @@ def seeded(*key: int) -> Iterator[None]:
     """Seed Python's, numpy's and torch's CPU generators from `key` inside the block, and restore them after it."""
     states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
     try:
-        seed_all(*key)
+        # Not torch.manual_seed: on its way to the devices it formats the call stack, slower than a small image is.
+        _seed(key, torch.default_generator.manual_seed)
         yield
     finally:
         random.setstate(states[0])

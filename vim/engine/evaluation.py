@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.utils import accuracy
 from torch import nn
 
 from vim.data import LEFT_OUT
@@ -39,6 +38,12 @@ def _batches(
             batch = (batch[0][good], batch[1][good]) if good.any() else None
         if batch is not None or args.fsdp:
             yield batch
+
+
+def _hits(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whether each target (B,) has the largest logit of its row (B, K), and one of the five largest: (B,) bool each."""
+    ranked = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
+    return ranked[:, 0], ranked.any(1)
 
 
 @torch.no_grad()
@@ -85,9 +90,10 @@ def evaluate(
             logits = model(images, **options)
         logits = logits.float() if columns is None else logits.float()[:, columns]
         loss = F.cross_entropy(logits, targets, reduction="sum")
-        top1, top5 = accuracy(logits, targets, topk=(1, min(5, logits.shape[1])))
+        top1, top5 = _hits(logits, targets)
         count = len(targets)
-        batch = [loss.item(), top1.item() * count, top5.item() * count, count, 0]
+        # Hits are counted, not averaged: figures do not depend on how the set is cut into batches and shares.
+        batch = [loss.item(), top1.sum().item(), top5.sum().item(), count, 0]
         sums += torch.tensor(batch, dtype=torch.float64)
         reporter.step(loss=loss.item() / count, images=count * place.world_size)
         if keep is not None:
@@ -100,7 +106,7 @@ def evaluate(
     seconds = time.perf_counter() - begun
     images = sums[3].item()
     return {
-        "test_loss": loss, "test_acc1": top1, "test_acc5": top5, "test_images": int(images),
+        "test_loss": loss, "test_acc1": 100 * top1, "test_acc5": 100 * top5, "test_images": int(images),
         "test_images_per_s": images / seconds,
     }  # fmt: skip
 
@@ -118,8 +124,8 @@ class PerClass:
 
     def __call__(self, logits: torch.Tensor, targets: torch.Tensor) -> None:
         """Count a batch: logits (B, K), targets (B,)."""
-        hits = (logits.topk(min(5, logits.shape[1])).indices == targets[:, None]).cpu()
-        rows = torch.stack((torch.ones(len(targets)), hits[:, 0], hits.any(1)), dim=1).double()
+        top1, top5 = _hits(logits, targets)
+        rows = torch.stack((torch.ones_like(top1), top1, top5), dim=1).cpu().double()
         self.counts.index_add_(0, targets.cpu(), rows)
 
     def write(self, path: Path, place: Place) -> None:

@@ -35,13 +35,18 @@ _NOT_FROM_CHECKPOINT = (
 )  # fmt: skip
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Entry point of `main.py`: 0, or 2 after a user's error, said in one sentence."""
+def set_up_logging() -> None:
+    """Lines of the run, and of nothing else, on standard error."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     # timm and PIL speak at this level about matters of their own.
     logging.getLogger("timm").setLevel(logging.WARNING)
     # Which backend declined is worth a line only where the slow reference serves instead.
     logging.getLogger("vision_mamba.backend").setLevel(logging.WARNING)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of `main.py`: 0, or 2 after a user's error, said in one sentence."""
+    set_up_logging()
     try:
         run(argv)
     except UserError as error:
@@ -61,6 +66,9 @@ def run(argv: list[str] | None = None) -> dict[str, float]:
         UserError: see `parse_args`, `build_datasets`, `build_model`, and the checkpoint's and output folder's errors.
     """
     args = parse_args(argv)
+    place = choose_place(args)
+    if not place.is_main:
+        _logger.setLevel(logging.ERROR)
     checkpoint = checkpoints.read(args.resume, args.output_dir) if args.resume else None
     own = checkpoint is not None and checkpoints.is_own(checkpoint)
     if own:
@@ -68,9 +76,6 @@ def run(argv: list[str] | None = None) -> dict[str, float]:
         args = parse_args(argv, defaults)
         if (args.model, args.model_kwargs) != (trained := (defaults["model"], defaults.get("model_kwargs", {}))):
             _logger.warning("the checkpoint is of %s %s, not of %s %s", *trained, args.model, args.model_kwargs)
-    place = choose_place(args)
-    if not place.is_main:
-        _logger.setLevel(logging.ERROR)
     seed_all(args.seed)
     train_set, eval_set, num_classes = build_datasets(args)
     if checkpoint is None and args.finetune:
