@@ -313,6 +313,65 @@ def test_hugging_face(parsed, colours, tmp_path, monkeypatch):
         build_datasets(parsed("--data-set", "hfds/absent", "--data-path", tmp_path))
 
 
+@pytest.fixture
+def parquet(tmp_path, monkeypatch):
+    """A local Hugging Face data set "made-up" of Parquet files with the images of the shards above."""
+    import datasets
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "made-up").mkdir()
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
+    splits, files = [], []
+    for split, count in (("train", 24), ("validation", 13)):
+        for shard in range(4):
+            chosen = range(shard, count, 4)
+            content = {
+                "image": [{"bytes": jpeg(10 * k), "path": None} for k in chosen], "label": [k % 3 for k in chosen]
+            }  # fmt: skip
+            rows = datasets.Dataset.from_dict(content, features=features)
+            rows.to_parquet(tmp_path / "made-up" / f"{split}-{shard}.parquet")
+        splits.append({"name": split, "num_examples": count, "num_bytes": 1})
+        files.append({"split": split, "path": f"{split}-*"})
+    # The number of samples must be known beforehand; data sets on the hub say it in their card, in YAML or JSON.
+    info = {"dataset_info": {"splits": splits}, "configs": [{"config_name": "default", "data_files": files}]}
+    (tmp_path / "made-up" / "README.md").write_text(f"---\n{json.dumps(info)}\n---\n")
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_hugging_face_stream(parsed, parquet, workers, world_size):
+    """Evaluation reads every sample once over all ranks and workers; training resumes inside an epoch."""
+    flags = (
+        "--data-set", "hfids/made-up", "--data-path", parquet / "cache", "--num-classes", 3, "--num_workers", workers,
+        "--eval-crop-ratio", 1.0, "--no-train-mode",
+    )  # fmt: skip
+    seen, labels = [], []
+
+    def loaders(rank):
+        train, test, _ = build_datasets(parsed(*flags))
+        return build_loaders(parsed(*flags), train, test, world_size=world_size, rank=rank)
+
+    for rank in range(world_size):
+        for images, targets in loaders(rank)[1]:
+            seen += numbers(images)
+            labels += targets.tolist()
+    assert sorted(seen) == list(range(13))
+    assert labels == [k % 3 for k in seen]
+
+    def epoch(start):
+        loader = loaders(0)[0]
+        loader.set_epoch(1)
+        loader.set_start_step(start)
+        return [numbers(images) for images, _ in loader], len(loader)
+
+    whole, length = epoch(0)
+    assert len(whole) == length >= 24 // 4 // world_size
+    assert whole[1:] == epoch(1)[0]
+
+
 @pytest.mark.parametrize(
     ("prefix", "module", "package"),
     [("hfds", "datasets", "datasets"), ("tfds", "tensorflow_datasets", "tensorflow-datasets"),

@@ -59,7 +59,7 @@ def launch(device, processes, *argv):
 
 
 def state(folder):
-    return torch.load(folder / "checkpoint.pth", weights_only=True)
+    return torch.load(folder / "checkpoint.pth", weights_only=True, map_location="cpu")
 
 
 def records(folder):
