@@ -31,7 +31,7 @@ def read_log(path: Path) -> list[dict[str, float]]:
 
 
 def plot_curves(runs: dict[str, list[dict[str, float]]], path: Path) -> None:
-    """Loss and top-1 against epochs, a line (and for the loss a dashed training line) per run.
+    """Loss and top-1 against epochs, a line per run: dashed for the training loss, dotted for averaged weights.
 
     Args:
         runs: epochs as `read_log` gives them, by the run's name.
@@ -47,6 +47,9 @@ def plot_curves(runs: dict[str, list[dict[str, float]]], path: Path) -> None:
         accuracy_axis.plot(
             epochs, [r["test_acc1"] for r in records], f"C{k}-", marker=".", label=f"{label}{best:.2f} %"
         )
+        if averaged := [(r["epoch"] + 1, r["ema_test_acc1"]) for r in records if "ema_test_acc1" in r]:
+            best = max(accuracy for _, accuracy in averaged)
+            accuracy_axis.plot(*zip(*averaged, strict=True), f"C{k}:", label=f"{label}averaged weights {best:.2f} %")
     loss_axis.set(xlabel="epoch", ylabel="loss", title="Loss")
     accuracy_axis.set(xlabel="epoch", ylabel="top-1 (%)", title="Test accuracy (best in the legend)")
     for axis in (loss_axis, accuracy_axis):
