@@ -89,6 +89,8 @@ def test_plain_lines(finished):
     best = max(r["test_acc1"] for r in records(finished))
     assert re.search(r"done: 2 epochs in 0:\d\d:\d\d: \d+ s of training at \d+ images/s", text)
     assert f"best {best:.2f} %" in text
+    for record in records(finished):
+        assert f"averaged {record['ema_test_acc1']:.2f} %" in text
     assert "0 updates skipped, 0 bad images" in text
     assert f"checkpoints and log in {finished}" in text
 

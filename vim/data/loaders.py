@@ -17,7 +17,7 @@ from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from vim.data.images import Samples
-from vim.data.seeding import seeded
+from vim.data.seeding import seed_sample
 from vim.data.streams import Stream, StreamLoader
 from vim.errors import UserError
 
@@ -35,8 +35,8 @@ class SeededDataset(Dataset):
 
     def __getitem__(self, key: tuple[int, int, int]) -> Any:
         epoch, position, index = key
-        with seeded(self.seed, epoch, position):
-            return self.dataset[index]
+        seed_sample(self.seed, epoch, position)
+        return self.dataset[index]
 
 
 class EpochSampler(Sampler):

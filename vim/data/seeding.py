@@ -1,8 +1,6 @@
 """Random numbers from tuples of integers: the same key gives the same numbers, whatever was drawn before."""
 
-import contextlib
 import random
-from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -17,27 +15,17 @@ def seed_of(*key: int) -> int:
     return _words(key, 1)[0]
 
 
-def _seed(key: tuple[int, ...], seed_torch: Callable[[int], object]) -> None:
+def seed_all(*key: int) -> None:
+    """Seed Python's, numpy's and torch's generators (of every device) from a tuple of integers."""
     words = _words(key, 3)
     random.seed(words[0])
     np.random.seed(words[1])
-    seed_torch(words[2])
+    torch.manual_seed(words[2])
 
 
-def seed_all(*key: int) -> None:
-    """Seed Python's, numpy's and torch's generators (of every device) from a tuple of integers."""
-    _seed(key, torch.manual_seed)
-
-
-@contextlib.contextmanager
-def seeded(*key: int) -> Iterator[None]:
-    """Seed Python's, numpy's and torch's CPU generators from `key` inside the block, and restore them after it."""
-    states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
-    try:
-        # Not torch.manual_seed: on its way to the devices it formats the call stack, slower than a small image is.
-        _seed(key, torch.default_generator.manual_seed)
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.random.set_rng_state(states[2])
+def seed_sample(*key: int) -> None:
+    """The same for the CPU alone, and fast: torch.manual_seed takes longer than a small image, mostly for devices."""
+    words = _words(key, 3)
+    random.seed(words[0])
+    np.random.seed(words[1])
+    torch.default_generator.manual_seed(words[2])

@@ -18,7 +18,7 @@ from timm.data import IterableImageDataset
 from timm.data.readers import reader_wds
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from vim.data.seeding import seed_of, seeded
+from vim.data.seeding import seed_of, seed_sample
 from vim.errors import UserError
 
 _logger = logging.getLogger("vision_mamba.data")
@@ -77,9 +77,8 @@ class Stream(IterableDataset):
         if not self.is_train:
             samples = itertools.islice(samples, self.rank, None, self.world_size)
         for k, (image, target) in enumerate(samples):
-            with seeded(self.seed, self.epoch, self.rank, worker.id, k):
-                sample = self.transform(image)
-            yield sample, int(target)
+            seed_sample(self.seed, self.epoch, self.rank, worker.id, k)
+            yield self.transform(image), int(target)
 
     def _on_error(self, error: Exception) -> bool:
         if self.policy == "stop" or isinstance(error, TypeError | reader_wds.WdsTargetKeyError):

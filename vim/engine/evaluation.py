@@ -93,9 +93,10 @@ def evaluate(
         top1, top5 = _hits(logits, targets)
         count = len(targets)
         # Hits are counted, not averaged: figures do not depend on how the set is cut into batches and shares.
-        batch = [loss.item(), top1.sum().item(), top5.sum().item(), count, 0]
-        sums += torch.tensor(batch, dtype=torch.float64)
-        reporter.step(loss=loss.item() / count, images=count * place.world_size)
+        figures = torch.stack((loss.double(), top1.sum().double(), top5.sum().double())).cpu()
+        sums[:3] += figures
+        sums[3] += count
+        reporter.step(loss=figures[0].item() / count, images=count * place.world_size)
         if keep is not None:
             keep(logits, targets)
     reporter.finish()

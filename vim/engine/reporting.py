@@ -161,10 +161,11 @@ class Reporter:
                 file.write(json.dumps(record) + "\n")
         numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
         self._track(numbers, record["epoch"])
+        averaged = f"  averaged {record['ema_test_acc1']:.2f} %" if "ema_test_acc1" in record else ""
         _logger.info(
-            "epoch %d/%d  loss %.4f  test loss %.4f  top-1 %.2f %%  top-5 %.2f %%  best %.2f %%  %.0f images/s",
+            "epoch %d/%d  loss %.4f  test loss %.4f  top-1 %.2f %%  top-5 %.2f %%  best %.2f %%%s  %.0f images/s",
             record["epoch"] + 1, self._args.epochs, record["train_loss"], record["test_loss"], record["test_acc1"],
-            record["test_acc5"], record["best_acc1"], record["train_images_per_s"],
+            record["test_acc5"], record["best_acc1"], averaged, record["train_images_per_s"],
         )  # fmt: skip
 
     def summary(self) -> None:
