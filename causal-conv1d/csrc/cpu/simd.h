@@ -146,12 +146,15 @@ constexpr float LN2 = 0.69314718055994531f;
 // Largest |x| that `exp2_small` takes.
 constexpr float EXP2_RANGE = 125.0f;
 
+constexpr float EXP2_ROUND[] = {0.0013264723893115088f, 0.009671512869550158f, 0.05550733754247103f,
+                                0.24022242080363387f,   0.6931469775914956f,   1.0f};
+
 VIM_INLINE vf exp2_poly_round(vf f) {  // f in [-1/2, 1/2]
-  vf p = f * 0.0013264723893115088f + 0.009671512869550158f;
-  p = p * f + 0.05550733754247103f;
-  p = p * f + 0.24022242080363387f;
-  p = p * f + 0.6931469775914956f;
-  return p * f + 1.0f;
+  vf p = broadcast(EXP2_ROUND[0]);
+#pragma GCC unroll 5
+  for (int i = 1; i < 6; ++i)
+    p = p * f + EXP2_ROUND[i];
+  return p;
 }
 
 #if defined(__AVX512F__)
@@ -168,16 +171,36 @@ VIM_INLINE vf exp2_any(vf x) {
 
 // 2^(a b): the hardware scales any range at no extra cost.
 constexpr bool EXP2_CHECKED = false;
-VIM_INLINE vf exp2_small(vf a, vf b) { return exp2_any(a * b); }
+template <int COUNT> VIM_INLINE void exp2_small(vf *r, const vf *a, const vf *b) {
+#pragma GCC unroll 4
+  for (int i = 0; i < COUNT; ++i)
+    r[i] = exp2_any(a[i] * b[i]);
+}
 
 #else
 
 constexpr bool EXP2_CHECKED = true;
-// 2^(a b) for |a b| <= EXP2_RANGE. The product is never rounded: both uses of it are fused.
-VIM_INLINE vf exp2_small(vf a, vf b) {
-  const vf t = a * b + MAGIC;
-  const vf f = a * b - (t - MAGIC);
-  return (vf)((vi)exp2_poly_round(f) + ((vi)t << 23));
+// 2^(a b) for |a b| <= EXP2_RANGE, of COUNT vectors. The product is never rounded: both uses of it are fused. Each is one
+// chain of ten dependent operations, so the chains are written side by side: processors look ahead over few of them.
+template <int COUNT> VIM_INLINE void exp2_small(vf *r, const vf *a, const vf *b) {
+  vf t[COUNT], f[COUNT];
+#pragma GCC unroll 4
+  for (int i = 0; i < COUNT; ++i)
+    t[i] = a[i] * b[i] + MAGIC;
+#pragma GCC unroll 4
+  for (int i = 0; i < COUNT; ++i)
+    f[i] = a[i] * b[i] - (t[i] - MAGIC);
+#pragma GCC unroll 4
+  for (int i = 0; i < COUNT; ++i)
+    r[i] = f[i] * EXP2_ROUND[0] + EXP2_ROUND[1];
+#pragma GCC unroll 4
+  for (int k = 2; k < 6; ++k)
+#pragma GCC unroll 4
+    for (int i = 0; i < COUNT; ++i)
+      r[i] = r[i] * f[i] + EXP2_ROUND[k];
+#pragma GCC unroll 4
+  for (int i = 0; i < COUNT; ++i)
+    r[i] = (vf)((vi)r[i] + ((vi)t[i] << 23));
 }
 
 // 2^x for every float: overflows to infinity, below 2^-125 gives zero, NaN stays NaN.

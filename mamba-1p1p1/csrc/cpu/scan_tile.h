@@ -323,7 +323,21 @@ bool step_tile(float *dt, float *dtu, float *slope, const ScanArgs &a, const Blo
   return all;
 }
 
-template <bool SMALL> VIM_INLINE vf decay_of(vf dt, vf A2) { return SMALL ? exp2_small(dt, A2) : exp2_any(dt * A2); }
+// exp(dt A) of COUNT states next to one another, for each vector of a block: (COUNT, NV).
+template <bool SMALL, int COUNT> VIM_INLINE void decays_of(vf *r, const vf *dt, const float *A2) {
+  vf step[COUNT * NV], slope[COUNT * NV];
+#pragma GCC unroll 4
+  for (int i = 0; i < COUNT * NV; ++i) {
+    step[i] = dt[i % NV];
+    slope[i] = load(A2 + i * LANES);
+  }
+  if constexpr (SMALL)
+    exp2_small<COUNT * NV>(r, step, slope);
+  else
+#pragma GCC unroll 4
+    for (int i = 0; i < COUNT * NV; ++i)
+      r[i] = exp2_any(step[i] * slope[i]);
+}
 
 // States [first, first + count) of one block over one tile, with what they need. Pointers are those of the whole block.
 struct Run {
@@ -340,6 +354,7 @@ template <bool SMALL, bool KEEP, bool B_CONSTANT, bool C_CONSTANT, int STATES>
 __attribute__((noinline)) void run_states(const Run &r, int64_t first, int64_t runtime_count) {
   const int64_t n = r.states, count = STATES ? STATES : runtime_count;
   constexpr bool IN_REGISTERS = STATES > 0 && LANES == 16;
+  constexpr int TOGETHER = STATES > 0 && NV == 2 ? 2 : 1;  // states whose exponentials are worked on side by side
   const float *A2 = r.A2 + first * BLOCK;
   const float *B = r.B + first * (B_CONSTANT ? BLOCK : 1), *C = r.C + first * (C_CONSTANT ? BLOCK : 1);
   float *h = r.h + first * BLOCK;
@@ -365,26 +380,28 @@ __attribute__((noinline)) void run_states(const Run &r, int64_t first, int64_t r
     }
     float *kept_h = r.kept_h + t * count * BLOCK, *kept_decay = r.kept_decay + t * count * BLOCK;
 #pragma GCC unroll 16
-    for (int64_t j = 0; j < count; ++j)
+    for (int64_t first_j = 0; first_j < count; first_j += TOGETHER) {
+      vf decays[TOGETHER * NV];
+      decays_of<SMALL, TOGETHER>(decays, step, A2 + first_j * BLOCK);
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) {
-        const int64_t at = j * BLOCK + v * LANES;
+      for (int i = 0; i < TOGETHER * NV; ++i) {
+        const int64_t j = first_j + i / NV, v = i % NV, at = j * BLOCK + v * LANES;
         const vf b = B_CONSTANT ? load(B + at) : broadcast(B[t * n + j]);
         const vf c = C_CONSTANT ? load(C + at) : broadcast(C[t * n + j]);
-        const vf decay = decay_of<SMALL>(step[v], load(A2 + at));
         vf next;
         if constexpr (IN_REGISTERS)
-          next = state[j] = decay * state[j] + input[v] * b;
+          next = state[j] = decays[i] * state[j] + input[v] * b;
         else {
-          next = decay * load(h + at) + input[v] * b;
+          next = decays[i] * load(h + at) + input[v] * b;
           store(h + at, next);
         }
         if (KEEP) {
           store(kept_h + at, next);
-          store(kept_decay + at, decay);
+          store(kept_decay + at, decays[i]);
         }
         total[v] += c * next;
       }
+    }
     for (int v = 0; v < NV; ++v)
       store(r.y + t * BLOCK + v * LANES, total[v]);
   }
