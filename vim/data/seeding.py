@@ -1,6 +1,7 @@
 """Random numbers from tuples of integers: the same key gives the same numbers, whatever was drawn before."""
 
 import random
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -15,17 +16,18 @@ def seed_of(*key: int) -> int:
     return _words(key, 1)[0]
 
 
-def seed_all(*key: int) -> None:
-    """Seed Python's, numpy's and torch's generators (of every device) from a tuple of integers."""
+def _seed(key: tuple[int, ...], seed_torch: Callable[[int], object]) -> None:
     words = _words(key, 3)
     random.seed(words[0])
     np.random.seed(words[1])
-    torch.manual_seed(words[2])
+    seed_torch(words[2])
+
+
+def seed_all(*key: int) -> None:
+    """Seed Python's, numpy's and torch's generators (of every device) from a tuple of integers."""
+    _seed(key, torch.manual_seed)
 
 
 def seed_sample(*key: int) -> None:
     """The same for the CPU alone, and fast: torch.manual_seed takes longer than a small image, mostly for devices."""
-    words = _words(key, 3)
-    random.seed(words[0])
-    np.random.seed(words[1])
-    torch.default_generator.manual_seed(words[2])
+    _seed(key, torch.default_generator.manual_seed)
