@@ -242,7 +242,7 @@ def _update(convolve, x, conv_state, weight, bias, activation, cache_seqlens) ->
 
             def columns_of(first: int, last: int) -> torch.Tensor:
                 """(B, D, last - first): columns of tokens first..last-1 counted from the first new one."""
-                offsets = torch.arange(first, last, device=x.device)
+                offsets = torch.arange(first, last, dtype=torch.int64, device=x.device)
                 return ((seen + offsets) % columns).unsqueeze(1).expand(-1, dim, -1)
 
             past = conv_state.gather(2, columns_of(1 - width, 0))

@@ -15,7 +15,7 @@ def causal_conv1d_varlen_states(x: torch.Tensor, cu_seqlens: torch.Tensor, state
         (sequences, D, state_len) in x's dtype.
     """
     starts, ends = cu_seqlens[:-1, None].long(), cu_seqlens[1:, None].long()
-    index = ends + torch.arange(-state_len, 0, device=x.device)
+    index = ends + torch.arange(-state_len, 0, dtype=torch.int64, device=x.device)
     mine = index >= starts
     if not x.shape[0]:
         return x.new_zeros(starts.shape[0], x.shape[1], state_len)

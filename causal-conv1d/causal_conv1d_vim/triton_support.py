@@ -46,7 +46,7 @@ def _probe(device: torch.device) -> str | None:
     """Compile and launch one small kernel: a missing compiler or driver shows here and not in the middle of a model."""
     try:
         kernel = importlib.import_module("causal_conv1d_vim.conv.triton.kernels")
-        out = torch.zeros(32, device=device)
+        out = torch.zeros(32, dtype=torch.float32, device=device)
         with torch.cuda.device(device):
             kernel.probe[(1,)](out, SIZE=32)
         if out.sum().item() != 32.0:

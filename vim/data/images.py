@@ -84,7 +84,7 @@ class Samples(Dataset):
             except BadImageError as error:
                 self._note(at, error)
                 if not self.is_train:
-                    return torch.zeros(self._shape), LEFT_OUT
+                    return torch.zeros(self._shape, dtype=torch.float32, device="cpu"), LEFT_OUT
                 continue
             return self.transform(image), target
         raise UserError(f"{_MOST_IN_A_ROW} images in a row cannot be read: look at the lines of the log that name them")

@@ -78,7 +78,8 @@ def evaluate(
     begun = time.perf_counter()
     for batch in _batches(loader, args, place):
         if batch is None:
-            model(torch.zeros((1, args.in_chans, args.input_size, args.input_size), device=place.device), **options)
+            size = (1, args.in_chans, args.input_size, args.input_size)
+            model(torch.zeros(size, dtype=torch.float32, device=place.device), **options)
             continue
         images, targets = batch
         # Shards are gathered by all processes together, so there none may leave alone.

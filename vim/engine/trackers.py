@@ -150,7 +150,7 @@ def picture(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...
     """The first images of a normalised batch (B, C, H, W) as one picture (3, H', W') in [0, 1]."""
     images = images[:count].detach().float().cpu()
     shape = (1, -1, 1, 1)
-    images = images * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
+    images = images * images.new_tensor(std).view(shape) + images.new_tensor(mean).view(shape)
     return make_grid(images.clamp(0, 1), nrow=4)
 
 

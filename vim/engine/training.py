@@ -126,7 +126,7 @@ def _accumulate(
 ) -> tuple[torch.Tensor, float]:
     """Gradients of the mean loss of the next `group` batches; gives that loss and the seconds of waiting for data."""
     state.optimizer.zero_grad()
-    total, waited = torch.zeros((), device=place.device), 0.0
+    total, waited = torch.zeros((), dtype=torch.float32, device=place.device), 0.0
     options = model_options(args, state.model)
     for k in range(group):
         tick = time.perf_counter()

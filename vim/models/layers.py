@@ -175,7 +175,8 @@ class Block(nn.Module):
                 module.reset_parameters()
         for name, parameter in mixer.named_parameters(recurse=False):
             if name in ("A_log", "A_b_log"):
-                parameter.copy_(torch.arange(1, mixer.d_state + 1, device=parameter.device).log())
+                states = torch.arange(1, mixer.d_state + 1, dtype=torch.float32, device=parameter.device)
+                parameter.copy_(states.log())
             else:  # D, D_b, gamma
                 parameter.fill_(mixer.init_layer_scale if name == "gamma" else 1.0)
         for name in ("dt_proj", "dt_proj_b"):

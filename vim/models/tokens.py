@@ -88,7 +88,7 @@ def embed_tokens(
             raise ValueError(
                 f"if_random_cls_token_position needs a model with one class token, this one has {len(positions)}"
             )
-        positions = [int(torch.randint(0, count + 1, (1,)).item())]
+        positions = [int(torch.randint(0, count + 1, (1,), device="cpu").item())]
     tokens = patches
     if class_tokens is not None:
         tokens = insert_class_tokens(patches, class_tokens.to(patches.dtype).expand(batch, -1, -1), positions)
@@ -127,7 +127,7 @@ def rotate_tokens(
         pretrain_side: see `rotary_tables`.
     """
     if grid[0] != own_grid[0] or grid[1] != own_grid[1]:
-        own = rotary_tables(tokens.shape[2], grid, pretrain_side)
+        own = rotary_tables(tokens.shape[2], grid, pretrain_side, device=cos.device)
         cos, sin = own[0].to(cos), own[1].to(sin)
     class_tokens, patches = split_class_tokens(tokens, positions)
     patches = rotate(patches, cos, sin)

@@ -109,8 +109,9 @@ def forward_projected(
     """
     batch, seqlen, dim = x.shape
     x, weight, bias, project_weight = rows(x), plain(weight), plain(bias), plain(project_weight)
-    out = torch.empty((batch, seqlen, dim)) if out is None else out
-    projected = torch.empty((batch, seqlen, project_weight.shape[0]))
+    if out is None:
+        out = x.new_empty((batch, seqlen, dim), dtype=torch.float32)
+    projected = x.new_empty((batch, seqlen, project_weight.shape[0]), dtype=torch.float32)
     if out.numel():
         xs = x.stride()
         _project(
@@ -154,9 +155,11 @@ def backward(
     weight32, bias32, initial32 = plain(weight), plain(bias), plain(initial_state)
     if dx is None:
         dx = _new(x, along_tokens)
-    dweight = torch.empty((dim, width))
-    dbias = None if bias is None else torch.empty(dim)
-    dinitial = None if initial_state is None else torch.empty((batch, width - 1, dim))
+    dweight = x.new_empty((dim, width), dtype=torch.float32)
+    dbias = None if bias is None else x.new_empty(dim, dtype=torch.float32)
+    dinitial = None
+    if initial_state is not None:
+        dinitial = x.new_empty((batch, width - 1, dim), dtype=torch.float32)
     xs, os, ds = x.stride(), dout.stride(), dx.stride()
     kernel(
         _pack(

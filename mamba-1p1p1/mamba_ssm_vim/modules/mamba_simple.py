@@ -101,7 +101,7 @@ class Mamba(nn.Module):
         self.register_module(f"conv1d{suffix}", conv)
         self.register_module(f"x_proj{suffix}", nn.Linear(E, R + 2 * N, bias=False, **factory))
         self.register_module(f"dt_proj{suffix}", dt_proj)
-        self.register_parameter(d_name, nn.Parameter(torch.ones(E, device=factory["device"])))
+        self.register_parameter(d_name, nn.Parameter(torch.ones(E, dtype=torch.float32, device=factory["device"])))
 
     @torch.no_grad()
     def _init_dt_proj(self, dt_proj: nn.Linear) -> None:
@@ -111,8 +111,8 @@ class Mamba(nn.Module):
             nn.init.constant_(dt_proj.weight, std)
         else:
             nn.init.uniform_(dt_proj.weight, -std, std)
-        log_step = torch.rand(self.d_inner, device=dt_proj.bias.device) * (math.log(dt_max) - math.log(dt_min))
-        step = torch.exp(log_step + math.log(dt_min)).clamp(min=floor)
+        uniform = torch.rand(self.d_inner, dtype=torch.float32, device=dt_proj.bias.device)
+        step = torch.exp(uniform * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min)).clamp(min=floor)
         # The inverse of softplus: softplus(step + log(1 - exp(-step))) = step.
         dt_proj.bias.copy_(step + torch.log(-torch.expm1(-step)))
         dt_proj.bias._no_reinit = True

@@ -73,10 +73,10 @@ def backward(
 ) -> tuple[torch.Tensor, list[dict[str, torch.Tensor | None]]]:
     """dxz (B, L, 2E) in xz's dtype, and per direction the gradients of its tensors by field name."""
     x, z = xz.chunk(2, dim=-1)
-    dxz = torch.empty(xz.shape, dtype=xz.dtype)
+    dxz = xz.new_empty(xz.shape)
     dx, dz = dxz.chunk(2, dim=-1)
     rest, all_grads = iter(saved), []
-    u, du = torch.empty(x.shape), torch.empty(x.shape)
+    u, du = (x.new_empty(x.shape, dtype=torch.float32) for _ in range(2))
     for index, p in enumerate(directions):
         rank, states = p.dt_proj_weight.shape[1], p.A.shape[1]
         conv.forward(x, p.conv_weight, p.conv_bias, None, silu=True, reverse=p.reverse, out=u)

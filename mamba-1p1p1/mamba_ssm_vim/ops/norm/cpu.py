@@ -38,10 +38,9 @@ def forward(
     x = x.contiguous()
     residual = None if residual is None else residual.contiguous()
     dim = x.shape[-1]
-    y = torch.empty(x.shape, dtype=x.dtype)
-    residual_out = torch.empty(x.shape, dtype=residual_dtype)
-    rstd = torch.empty(x.shape[:-1])
-    mean = None if rms else torch.empty(x.shape[:-1])
+    y, residual_out = x.new_empty(x.shape), x.new_empty(x.shape, dtype=residual_dtype)
+    rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    mean = None if rms else torch.empty_like(rstd)
     weight, bias = plain(weight), plain(bias)
     if x.numel():
         _forward(
@@ -72,11 +71,11 @@ def backward(
     dresidual_out = None if dresidual_out is None else dresidual_out.contiguous()
     residual_out = residual_out.contiguous()
     dim = dy.shape[-1]
-    dx = torch.empty(dy.shape, dtype=x_dtype)
-    dresidual = dx if x_dtype is torch.float32 else torch.empty(dy.shape)
+    dx = dy.new_empty(dy.shape, dtype=x_dtype)
+    dresidual = dx if x_dtype is torch.float32 else dy.new_empty(dy.shape, dtype=torch.float32)
     weight32 = plain(weight)
-    dweight = torch.zeros(dim)
-    dbias = None if bias is None else torch.zeros(dim)
+    dweight = dy.new_zeros(dim, dtype=torch.float32)
+    dbias = None if bias is None else torch.zeros_like(dweight)
     if dy.numel():
         _backward(
             _pack(

@@ -4,6 +4,7 @@ Besides the common signature, `forward` and `backward` take `dt_weight`: `delta`
 the projection to E channels happens inside the scan, so that (B, L, E) steps are never written to memory.
 """
 
+import functools
 import struct
 
 import torch
@@ -146,9 +147,9 @@ def backward(
     out_scale: float = 1.0,
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients of (u, delta, A, B, C, D, z, delta_bias, initial_state), None where the input is None."""
-    ddelta = torch.empty(delta.shape, dtype=delta.dtype)
-    dz = None if z is None else torch.empty(z.shape, dtype=z.dtype)
-    du = torch.empty(u.shape, dtype=u.dtype)
+    # Shapes, not empty_like: results are contiguous whatever the strides of the inputs.
+    du, ddelta = u.new_empty(u.shape), delta.new_empty(delta.shape)
+    dz = None if z is None else z.new_empty(z.shape)
     grads = backward_into(
         dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, initial_state, saved[0], du, ddelta, dz,
         delta_softplus=delta_softplus, reverse=reverse, out_scale=out_scale,
@@ -211,7 +212,7 @@ def backward_into(
     rank = 0 if dt_weight is None else dt_weight.shape[1]
     groups = next((t.shape[2] for t in (B, C) if t.dim() == 4), 1)
     dout, dlast_state = rows(dout), plain(dlast_state)
-    new = torch.empty if batch else torch.zeros
+    new = functools.partial(torch.empty if batch else torch.zeros, dtype=torch.float32, device=u.device)
     grads = {
         "dA": new((dim, n)),
         "dD": None if D is None else new(dim),

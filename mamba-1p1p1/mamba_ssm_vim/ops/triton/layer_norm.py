@@ -182,7 +182,9 @@ def _draw_masks(x: torch.Tensor, x1: _Optional, dropout_p: float) -> tuple[_Opti
         raise ValueError(f"dropout_p is {dropout_p}, expected at least 0 and less than 1")
     if dropout_p == 0.0:
         return None, None
-    return tuple(None if t is None else torch.rand(t.shape, device=t.device) >= dropout_p for t in (x, x1))
+    return tuple(
+        None if t is None else torch.rand(t.shape, dtype=torch.float32, device=t.device) >= dropout_p for t in (x, x1)
+    )
 
 
 def _ref(
