@@ -1,4 +1,4 @@
-"""A model under `torch.set_default_dtype`: built in that dtype as torch's modules are, computing what it always does."""
+"""A model under `torch.set_default_dtype`: built in that dtype as torch's modules are, computing the same as ever."""
 
 import contextlib
 
