@@ -11,7 +11,7 @@ import torch
 
 import vim
 from vim.models.layers import residual_norm
-from vim.models.pos_embed import insert_class_tokens
+from vim.models.layout import TokenLayout, join_tokens
 
 NANO = "vim_nano_patch4_32"
 
@@ -41,7 +41,10 @@ def test_random_position(nano, x, seed):
     """The class token goes to a random index, the position embedding's rows stay in order; its row is classified."""
     torch.manual_seed(seed)
     position = int(torch.randint(0, 65, (1,)))
-    tokens = insert_class_tokens(nano.patch_embed(x), nano.cls_token.expand(2, -1, -1), [position]) + nano.pos_embed
+    tokens = (
+        join_tokens(nano.cls_token.expand(2, -1, -1), nano.patch_embed(x), TokenLayout((8, 8), 1, [position]))
+        + nano.pos_embed
+    )
     torch.manual_seed(seed)
     assert torch.equal(nano(x, if_random_cls_token_position=True), from_tokens(nano, tokens, position))
 
@@ -51,7 +54,10 @@ def test_random_rank(nano, x, seed):
     """The whole sequence is shuffled, positions and class token with it; that token is still the one classified."""
     torch.manual_seed(seed)
     order = torch.randperm(65)
-    tokens = insert_class_tokens(nano.patch_embed(x), nano.cls_token.expand(2, -1, -1), [32]) + nano.pos_embed
+    tokens = (
+        join_tokens(nano.cls_token.expand(2, -1, -1), nano.patch_embed(x), TokenLayout((8, 8), 1, [32]))
+        + nano.pos_embed
+    )
     torch.manual_seed(seed)
     expected = from_tokens(nano, tokens[:, order], order.tolist().index(32))
     assert torch.equal(nano(x, if_random_token_rank=True), expected)

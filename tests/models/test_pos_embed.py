@@ -6,7 +6,8 @@ import torch
 
 import vim
 from vim.models import load_into
-from vim.models.pos_embed import class_positions, resample_pos_embed, split_class_tokens
+from vim.models.layout import special_positions, split_tokens, token_layout
+from vim.models.pos_embed import resample_pos_embed
 
 CLASS_TOKENS = {
     "none": {"if_cls_token": False, "final_pool_type": "mean"},
@@ -48,7 +49,7 @@ def test_fine_tuning_keeps_class_rows_and_places(class_token: str, target: str) 
     img_size, stride, grid = TARGETS[target]
     kind = {"depth": 1, "embed_dim": 3, "bimamba_type": "v2", "if_abs_pos_embed": True, **CLASS_TOKENS[class_token]}
     source = vim.VisionMamba(img_size=224, stride=16, **kind)
-    positions = class_positions(class_token, 196)
+    positions = special_positions(class_token, 0, 196)
     with torch.no_grad():
         mask = torch.ones(source.pos_embed.shape[1], dtype=torch.bool)
         mask[positions] = False
@@ -58,7 +59,7 @@ def test_fine_tuning_keeps_class_rows_and_places(class_token: str, target: str) 
     model = vim.VisionMamba(img_size=img_size, stride=stride, **kind)
     load_into(model, source.state_dict())
     assert model.pos_embed.shape == (1, grid[0] * grid[1] + len(positions), 3)
-    class_rows, patches = split_class_tokens(model.pos_embed, class_positions(class_token, grid[0] * grid[1]))
+    class_rows, patches = split_tokens(model.pos_embed, token_layout(class_token, 0, grid, 1))
     assert class_rows.flatten().tolist() == [100.0 + k for k in range(len(positions)) for _ in range(3)]
     if grid == (14, 14):
         assert torch.equal(model.pos_embed, source.pos_embed)

@@ -8,7 +8,7 @@ import timm
 import torch
 
 import vim
-from vim.models.pos_embed import class_positions, split_class_tokens
+from vim.models.layout import split_tokens
 
 # FACTS of the paper and the published files.
 PARAMETERS = {
@@ -54,8 +54,9 @@ def test_contract(name):
     final, maps = model.forward_intermediates(x, indices=[1, 3], norm=True)
     assert [m.shape for m in maps] == [(2, model.embed_dim, *grid)] * 2
     torch.testing.assert_close(final, features)
-    positions = class_positions(model.class_token, grid[0] * grid[1])
-    torch.testing.assert_close(maps[1].flatten(2).transpose(1, 2), split_class_tokens(features, positions)[1])
+    layout = model.token_layout
+    assert layout.grid == grid
+    torch.testing.assert_close(maps[1].flatten(2).transpose(1, 2), split_tokens(features, layout)[1])
     tokens = model.forward_intermediates(
         x, 1, output_fmt="NLC", stop_early=True, intermediates_only=True, return_prefix_tokens=True
     )
@@ -95,7 +96,7 @@ def test_pruned_models_keep_their_taps(name):
             final, maps = pruned.forward_intermediates(x, indices=take)
         assert torch.equal(maps[0], taps[i])
         # Without a norm the features end at the tap.
-        patches = split_class_tokens(final, class_positions(model.class_token, model.patch_embed.num_patches))[1]
+        patches = split_tokens(final, model.token_layout)[1]
         assert torch.equal(patches.transpose(1, 2).unflatten(2, model.patch_embed.grid_size), taps[i])
         pruned.train().forward_features(x).sum().backward()
         assert all(p.grad is not None for p in pruned.parameters())

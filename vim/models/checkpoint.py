@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from vim.models.pos_embed import resample_pos_embed
+from vim.models.transfer import fit_state_dict
 
 if TYPE_CHECKING:
     from vim.models.vision_mamba import VisionMamba
@@ -154,22 +154,7 @@ def checkpoint_filter_fn(
         CheckpointError: it holds no weights.
         ValueError: a position embedding of no such grid.
     """
-    state_dict = extract_state_dict(state_dict)
-    pos_embed = state_dict.get("pos_embed")
-    if pos_embed is not None and model.pos_embed is not None and (grid or pos_embed.shape != model.pos_embed.shape):
-        if grid is None:
-            # Of an image size that timm's configuration of the weights names, if that accounts for every row.
-            height, width = (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3, 0, 0))[-2:]
-            rows, columns = model.patch_embed.dynamic_feat_size((height, width))
-            if rows * columns + model.num_prefix_tokens == pos_embed.shape[1]:
-                grid = rows, columns
-        state_dict["pos_embed"] = resample_pos_embed(
-            pos_embed, model.patch_embed.grid_size, class_token=model.class_token, old_grid=grid
-        )
-    if model.rope is not None:
-        # Rotary tables follow from the grid; those of the file may stand for another one.
-        state_dict["rope.freqs_cos"], state_dict["rope.freqs_sin"] = model.rope.freqs_cos, model.rope.freqs_sin
-    return state_dict
+    return fit_state_dict(extract_state_dict(state_dict), model, grid=grid)
 
 
 def load_into(
@@ -195,13 +180,11 @@ def load_into(
     Raises:
         CheckpointError: names or shapes that differ, listed.
     """
-    from vim.models.vision_mamba import VisionMamba  # which imports this module
-
     state = dict(state_dict)
     own = model.state_dict()
-    if isinstance(model, VisionMamba):
+    if hasattr(model, "token_layout"):
         try:
-            state = checkpoint_filter_fn(state, model, grid=grid)
+            state = fit_state_dict(state, model, grid=grid)
         except ValueError as error:
             raise CheckpointError(f"the checkpoint's position embedding does not fit the model: {error}") from error
     left_out = []

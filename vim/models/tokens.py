@@ -7,7 +7,8 @@ the subset of Python that TorchScript compiles.
 import torch
 from timm.models import register_notrace_function
 
-from vim.models.pos_embed import class_positions, insert_class_tokens, resample_grid, split_class_tokens
+from vim.models.layout import TokenLayout, join_tokens, special_positions, split_tokens
+from vim.models.pos_embed import resample_grid
 from vim.models.rope import rotary_tables, rotate
 
 # timm's names of poolings, and the published ones.
@@ -59,60 +60,71 @@ def embed_tokens(
     class_tokens: torch.Tensor | None,
     pos_embed: torch.Tensor | None,
     class_token: str,
-    grid: tuple[int, int],
+    layout: TokenLayout,
     own_grid: tuple[int, int],
-    fixed_order: bool = False,
-    random_position: bool = False,
-    random_rank: bool = False,
-) -> tuple[torch.Tensor, list[int]]:
-    """Patch tokens (B, M, D) → the sequence (B, L, D) with class tokens and positions, and the class tokens' indices.
+) -> torch.Tensor:
+    """Patch tokens (B, M, D) → the sequence (B, L, D) with class tokens and position embedding.
 
     Args:
         patches: patch tokens.
         class_tokens: (1, K, D) or None.
         pos_embed: (1, L, D) of `own_grid`, or None.
-        class_token: where the class tokens sit, see `class_positions`.
-        grid: rows and columns of the patches.
+        class_token: where the class rows of `pos_embed` are, see `special_positions`.
+        layout: of the sequence.
         own_grid: rows and columns that `pos_embed` stands for.
-        fixed_order: what follows depends on the order of the tokens.
-        random_position: put the class token at a random index.
-        random_rank: shuffle the whole sequence.
-
-    Raises:
-        ValueError: a random position without exactly one class token, or a shuffle where the order is fixed.
     """
-    batch, count = patches.shape[0], patches.shape[1]
-    positions = class_positions(class_token, count)
-    if random_position:
-        if len(positions) != 1:
-            raise ValueError(
-                f"if_random_cls_token_position needs a model with one class token, this one has {len(positions)}"
-            )
-        positions = [int(torch.randint(0, count + 1, (1,), device="cpu").item())]
     tokens = patches
     if class_tokens is not None:
-        tokens = insert_class_tokens(patches, class_tokens.to(patches.dtype).expand(batch, -1, -1), positions)
+        tokens = join_tokens(class_tokens.to(patches.dtype).expand(patches.shape[0], -1, -1), patches, layout)
     if pos_embed is not None:
-        if grid[0] != own_grid[0] or grid[1] != own_grid[1]:
-            pos_embed = resample_grid(pos_embed, grid, own_grid, class_token, class_token)
+        if layout.grid[0] != own_grid[0] or layout.grid[1] != own_grid[1]:
+            pos_embed = resample_grid(pos_embed, layout.grid, own_grid, class_token, class_token)
         tokens = tokens + pos_embed.to(tokens.dtype)
-    if random_rank:
-        if fixed_order:
-            raise ValueError("if_random_token_rank cannot be used with if_rope: rotary tables follow the grid")
-        order = torch.randperm(tokens.shape[1], device=tokens.device)
-        tokens = tokens[:, order]
-        # Pooling splits class tokens off in increasing order.
-        positions = sorted([int(torch.nonzero(order == p).item()) for p in positions])
-    return tokens, positions
+    return tokens
+
+
+@register_notrace_function
+def place_class_token(layout: TokenLayout, at_random: bool) -> TokenLayout:
+    """The layout, with its class token at a random index if asked for.
+
+    Raises:
+        ValueError: that is asked of a layout that does not have exactly one class token.
+    """
+    if not at_random:
+        return layout
+    if len(layout.positions) != 1:
+        raise ValueError(
+            f"if_random_cls_token_position needs a model with one class token, this one has {len(layout.positions)}"
+        )
+    patches = layout.frames * layout.grid[0] * layout.grid[1]
+    return TokenLayout(layout.grid, layout.frames, [int(torch.randint(0, patches + 1, (1,), device="cpu").item())])
+
+
+@register_notrace_function
+def order_tokens(
+    tokens: torch.Tensor, layout: TokenLayout, at_random: bool, fixed: bool
+) -> tuple[torch.Tensor, TokenLayout]:
+    """The sequence (B, L, D), shuffled if asked for, and the layout that says where its class tokens are now.
+
+    Raises:
+        ValueError: what follows depends on the order (`fixed`), so that it cannot be shuffled.
+    """
+    if not at_random:
+        return tokens, layout
+    if fixed:
+        raise ValueError("if_random_token_rank cannot be used with if_rope: rotary tables follow the grid")
+    order = torch.randperm(tokens.shape[1], device=tokens.device)
+    # Pooling splits class tokens off in increasing order.
+    positions = sorted([int(torch.nonzero(order == p).item()) for p in layout.positions])
+    return tokens[:, order], TokenLayout(layout.grid, layout.frames, positions)
 
 
 @register_notrace_function
 def rotate_tokens(
     tokens: torch.Tensor,
-    positions: list[int],
+    layout: TokenLayout,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    grid: tuple[int, int],
     own_grid: tuple[int, int],
     pretrain_side: int,
 ) -> torch.Tensor:
@@ -120,43 +132,48 @@ def rotate_tokens(
 
     Args:
         tokens: the sequence.
-        positions: indices of the class tokens.
-        cos, sin: tables (M, D) of `own_grid`; those of another `grid` are made on the fly.
-        grid: rows and columns of the patches.
+        layout: of the sequence.
+        cos, sin: tables (M, D) of `own_grid`; those of another grid are made on the fly.
         own_grid: rows and columns that the tables stand for.
         pretrain_side: see `rotary_tables`.
     """
-    if grid[0] != own_grid[0] or grid[1] != own_grid[1]:
-        own = rotary_tables(tokens.shape[2], grid, pretrain_side, device=cos.device)
+    if layout.grid[0] != own_grid[0] or layout.grid[1] != own_grid[1]:
+        own = rotary_tables(tokens.shape[2], layout.grid, pretrain_side, device=cos.device)
         cos, sin = own[0].to(cos), own[1].to(sin)
-    class_tokens, patches = split_class_tokens(tokens, positions)
-    patches = rotate(patches, cos, sin)
-    if len(positions) == 0:
-        return patches
-    return insert_class_tokens(patches, class_tokens, positions)
+    class_tokens, patches = split_tokens(tokens, layout)
+    return join_tokens(class_tokens, rotate(patches, cos, sin), layout)
 
 
 @register_notrace_function
-def pool_tokens(tokens: torch.Tensor, positions: list[int], pool: str) -> torch.Tensor:
+def pool_tokens(tokens: torch.Tensor, layout: TokenLayout, pool: str) -> torch.Tensor:
     """Sequence (B, L, D) → pooled features (B, D), or the sequence for the pools "" and "max", which act on logits.
 
     Args:
         tokens: the normalised sequence.
-        positions: indices of the class tokens.
+        layout: of the sequence.
         pool: "token" (the class token, the mean of two), "last", "avg" (over patches), "max" or "".
     """
     if pool == "token":
-        if len(positions) == 1:
-            return tokens[:, positions[0]]
-        return torch.stack([tokens[:, p] for p in positions]).mean(0)
+        if len(layout.positions) == 1:
+            return tokens[:, layout.positions[0]]
+        return torch.stack([tokens[:, p] for p in layout.positions]).mean(0)
     if pool == "last":
         return tokens[:, -1]
     if pool == "avg":
-        return split_class_tokens(tokens, positions)[1].mean(1)
+        return split_tokens(tokens, layout)[1].mean(1)
     return tokens
 
 
 @register_notrace_function
-def pool_features(tokens: torch.Tensor, class_token: str, num_class_tokens: int, pool: str) -> torch.Tensor:
-    """`pool_tokens` with the class tokens where the model puts them."""
-    return pool_tokens(tokens, class_positions(class_token, tokens.shape[1] - num_class_tokens), pool)
+def pool_features(tokens: torch.Tensor, layout: TokenLayout, class_token: str, pool: str) -> torch.Tensor:
+    """`pool_tokens` of the sequence of an image of any size, its class tokens where the model puts them.
+
+    Args:
+        tokens: the normalised sequence.
+        layout: of an image of the model's own size.
+        class_token: where the model puts class tokens, see `special_positions`.
+        pool: see `pool_tokens`.
+    """
+    count = len(layout.positions)
+    positions = special_positions(class_token, count, tokens.shape[1] - count)
+    return pool_tokens(tokens, TokenLayout(layout.grid, layout.frames, positions), pool)

@@ -26,13 +26,16 @@ from vim.models.layers import (
     residual_norm,
     update_model_input_size,
 )
-from vim.models.pos_embed import class_positions, resample_pos_embed, split_class_tokens
+from vim.models.layout import TokenLayout, special_positions, split_tokens, to_map, token_layout
+from vim.models.pos_embed import resample_pos_embed
 from vim.models.rope import RotaryEmbedding2d
 from vim.models.tokens import (
     GLOBAL_POOLS,
     check_images,
     checked_pool,
     embed_tokens,
+    order_tokens,
+    place_class_token,
     pool_features,
     pool_tokens,
     rotate_tokens,
@@ -80,6 +83,8 @@ class VisionMamba(nn.Module):
     Raises:
         ValueError: arguments that cannot be combined, or values out of range, with the reason.
     """
+
+    __jit_unused_properties__ = ("token_layout",)
 
     def __init__(
         self,
@@ -155,7 +160,7 @@ class VisionMamba(nn.Module):
             self.class_token = "double"
         else:
             self.class_token = "middle" if use_middle_cls_token else "head"
-        self.num_prefix_tokens = len(class_positions(self.class_token, 0))
+        self.num_prefix_tokens = len(special_positions(self.class_token, 0, 0))
         default_pool = "token" if if_cls_token else pools[final_pool_type]
         self.global_pool = checked_pool(global_pool, default_pool, self.class_token)
 
@@ -233,6 +238,11 @@ class VisionMamba(nn.Module):
             nn.init.zeros_(self.head.bias)
 
     # timm's contract
+
+    @property
+    def token_layout(self) -> TokenLayout:
+        """Where tokens stand for an image of the model's own size; its `grid` is that of the position embedding."""
+        return self._layout(self.patch_embed.grid_size)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -325,34 +335,32 @@ class VisionMamba(nn.Module):
 
     def _embed(
         self, x: torch.Tensor, random_position: bool = False, random_rank: bool = False
-    ) -> tuple[torch.Tensor, tuple[int, int], list[int]]:
-        """Image → tokens with class tokens and positions (B, L, D), the patch grid, the class tokens' indices."""
+    ) -> tuple[torch.Tensor, TokenLayout]:
+        """Image → tokens with class tokens and positions (B, L, D), and their layout."""
         x = check_images(x, self.in_chans, self.patch_embed.img_size, self.dynamic_img_size)
-        grid = self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
-        tokens, positions = embed_tokens(
-            self.patch_embed(x),
-            self._class_tokens(),
-            self.pos_embed,
-            self.class_token,
-            grid,
+        layout = self._layout(self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3])))
+        layout = place_class_token(layout, random_position)
+        tokens = embed_tokens(
+            self.patch_embed(x), self._class_tokens(), self.pos_embed, self.class_token, layout,
             self.patch_embed.grid_size,
-            self.rope is not None,
-            random_position,
-            random_rank,
-        )
-        return self.pos_drop(tokens), grid, positions
+        )  # fmt: skip
+        tokens, layout = order_tokens(tokens, layout, random_rank, self.rope is not None)
+        return self.pos_drop(tokens), layout
 
-    def _rotate(self, tokens: torch.Tensor, grid: tuple[int, int], positions: list[int]) -> torch.Tensor:
+    def _layout(self, grid: tuple[int, int]) -> TokenLayout:
+        return token_layout(self.class_token, self.num_prefix_tokens, grid, 1)
+
+    def _rotate(self, tokens: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
         if self.rope is not None:
             return rotate_tokens(
-                tokens, positions, self.rope.freqs_cos, self.rope.freqs_sin, grid, self.patch_embed.grid_size,
+                tokens, layout, self.rope.freqs_cos, self.rope.freqs_sin, self.patch_embed.grid_size,
                 self.rope.pretrain_side,
             )  # fmt: skip
         else:
             return tokens
 
     def _blocks(
-        self, hidden: torch.Tensor, grid: tuple[int, int], positions: list[int], take: list[int], norm: bool, depth: int
+        self, hidden: torch.Tensor, layout: TokenLayout, take: list[int], norm: bool, depth: int
     ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
         """Run the first `depth` blocks: hidden, residual and, for each index in `take`, the stream after that block."""
         residual: torch.Tensor | None = None
@@ -369,9 +377,9 @@ class VisionMamba(nn.Module):
                 layer_hidden = first_hidden.flip(1)
                 layer_residual = first_residual if first_residual is None else first_residual.flip(1)
             else:
-                hidden = self._rotate(hidden, grid, positions)
+                hidden = self._rotate(hidden, layout)
                 if residual is not None and self.if_rope_residual:
-                    residual = self._rotate(residual, grid, positions)
+                    residual = self._rotate(residual, layout)
                 first_hidden, first_residual = hidden, residual
                 layer_hidden, layer_residual = hidden, residual
             if self.grad_checkpointing and not torch.jit.is_scripting():
@@ -399,11 +407,11 @@ class VisionMamba(nn.Module):
 
     def _features(
         self, x: torch.Tensor, random_position: bool = False, random_rank: bool = False
-    ) -> tuple[torch.Tensor, list[int]]:
-        hidden, grid, positions = self._embed(x, random_position, random_rank)
+    ) -> tuple[torch.Tensor, TokenLayout]:
+        hidden, layout = self._embed(x, random_position, random_rank)
         take: list[int] = []
-        hidden, residual, _ = self._blocks(hidden, grid, positions, take, False, len(self.layers))
-        return self._final_norm(hidden, residual), positions
+        hidden, residual, _ = self._blocks(hidden, layout, take, False, len(self.layers))
+        return self._final_norm(hidden, residual), layout
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images (B, C, H, W) → normalised tokens (B, L, D), class tokens where they sit."""
@@ -418,7 +426,7 @@ class VisionMamba(nn.Module):
 
         The pools "" and "max" act after the head, per token, so their features keep the token axis (B, L, D).
         """
-        pooled = pool_features(x, self.class_token, self.num_prefix_tokens, self.global_pool)
+        pooled = pool_features(x, self._layout(self.patch_embed.grid_size), self.class_token, self.global_pool)
         return pooled if pre_logits else self._classify(pooled)
 
     def forward(
@@ -437,8 +445,8 @@ class VisionMamba(nn.Module):
         Raises:
             ValueError: images that do not fit, or a probe that this model has no class token or order for.
         """
-        tokens, positions = self._features(x, if_random_cls_token_position, if_random_token_rank)
-        return self._classify(pool_tokens(tokens, positions, self.global_pool))
+        tokens, layout = self._features(x, if_random_cls_token_position, if_random_token_rank)
+        return self._classify(pool_tokens(tokens, layout, self.global_pool))
 
     def forward_intermediates(
         self,
@@ -473,17 +481,14 @@ class VisionMamba(nn.Module):
             take, last = feature_take_indices(len(self.layers), indices)
         else:
             take, last = checked_indices(len(self.layers), self.if_bidirectional, indices)
-        hidden, grid, positions = self._embed(x)
-        hidden, residual, streams = self._blocks(
-            hidden, grid, positions, take, norm, last + 1 if stop_early else len(self.layers)
-        )
+        hidden, layout = self._embed(x)
+        depth = last + 1 if stop_early else len(self.layers)
+        hidden, residual, streams = self._blocks(hidden, layout, take, norm, depth)
         maps: list[torch.Tensor] = []
         prefix: list[torch.Tensor] = []
         for stream in streams:
-            class_tokens, patches = split_class_tokens(stream, positions)
-            if output_fmt == "NCHW":
-                patches = patches.transpose(1, 2).unflatten(2, [grid[0], grid[1]]).contiguous()
-            maps.append(patches)
+            class_tokens, patches = split_tokens(stream, layout)
+            maps.append(to_map(patches, layout) if output_fmt == "NCHW" else patches)
             prefix.append(class_tokens)
         if not torch.jit.is_scripting() and return_prefix_tokens:
             # TorchScript knows no list whose elements change their type.
