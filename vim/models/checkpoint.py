@@ -1,35 +1,40 @@
-"""Reading checkpoints that nobody vouches for: tensors and plain values only, never code.
+"""Reading checkpoints that nobody vouches for, and fitting their weights to a model.
 
-`load_checkpoint` reads a file or hub id into a plain dictionary, `extract_state_dict` finds the weights in it,
-`load_into` puts them into a model.
+`load_checkpoint` reads a file or hub id into a plain dictionary, without running code that it may hold.
+`extract_state_dict` finds the weights in that dictionary, `load_into` puts them into a model.
 """
 
-import argparse
 import logging
 import pickle
+import re
 import socket
 import urllib.parse
 import urllib.request
 import zipfile
-from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
+from timm.models import adapt_input_conv
 from torch import nn
 
 from vim.models.transfer import fit_state_dict
+from vim.models.unpickling import DATA_TYPES
 
 if TYPE_CHECKING:
     from vim.models.vision_mamba import VisionMamba
 
 _logger = logging.getLogger("vision_mamba")
 
-# Published files keep their command line as a Namespace; it holds plain values and runs nothing when unpickled.
-_ALLOWED = [argparse.Namespace, OrderedDict]
-_WRAPPERS = ("module.", "_orig_mod.", "model.")
+_WRAPPERS = ("module.", "_orig_mod.", "model.", "net.", "backbone.")
+_MODEL_KEYS = ("model", "state_dict", "model_state_dict")
 _EMA_KEYS = ("model_ema", "state_dict_ema")
+# First bytes of torch.save's format before version 1.6.
+_LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+# The structure of a checkpoint, without the tensors' values: each tensor takes some 150 bytes. Torch reads about a
+# million values a second.
+_LARGEST_PICKLE = 4 * 2**20
 
 
 class CheckpointError(ValueError):
@@ -39,43 +44,92 @@ class CheckpointError(ValueError):
 def load_checkpoint(source: str | Path) -> dict[str, Any]:
     """Content of a checkpoint: `.pth`/`.pt`, `.safetensors`, or `hf-hub:owner/repository[/file]`.
 
+    Tensors, Python's plain types, `argparse.Namespace`, numpy scalars and arrays, paths and devices are data. Every
+    part of a file that torch.save wrote is compared with its checksum.
+
     Raises:
-        CheckpointError: missing, truncated, not a checkpoint, holding code to execute, or not downloadable.
+        CheckpointError: missing, damaged, not a checkpoint, holding code to execute, or not downloadable.
     """
     path = _from_hub(str(source)) if str(source).startswith("hf-hub:") else Path(source)
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint at {path}: give the path of a .pth or .safetensors file")
-    if path.suffix == ".safetensors":
-        try:
-            return safetensors.torch.load_file(path)
-        except Exception as error:  # the library raises its own type beside OSError
-            raise CheckpointError(f"{path} is not a complete safetensors file: {error}") from error
     try:
-        with torch.serialization.safe_globals(_ALLOWED):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "weights_only" in str(error).lower() and _looks_like_pickle(path):
-            raise CheckpointError(
-                f"{path} holds more than tensors and plain values, which could run code when read, so it was refused: "
-                "save its state_dict alone (torch.save(model.state_dict(), ...)) or as .safetensors"
-            ) from error
-        raise CheckpointError(f"{path} is not a checkpoint that torch.save or safetensors wrote") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is truncated or not a checkpoint: copy it again or give another file ({_first_line(error)})"
-        ) from error
+        content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a dictionary with a state dict")
     return content
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except Exception as error:  # the library raises its own type beside OSError
+        raise CheckpointError(f"{path} is not a complete safetensors file: {_first_line(error)}") from error
 
 
-def _looks_like_pickle(path: Path) -> bool:
+def _read_torch(path: Path) -> Any:
     with path.open("rb") as file:
-        return zipfile.is_zipfile(path) or file.read(1) == b"\x80"
+        start = file.read(len(_LEGACY_MAGIC))
+    if start.startswith(b"PK\x03\x04"):
+        _check_archive(path)
+    elif start.startswith(b"\x80") and start != _LEGACY_MAGIC:
+        raise CheckpointError(f"{path} is a bare pickle, which could run code when read: write it with torch.save")
+    elif start != _LEGACY_MAGIC:
+        raise CheckpointError(f"{path} is not a checkpoint that torch.save or safetensors wrote: give another file")
+    try:
+        with torch.serialization.safe_globals(DATA_TYPES):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever an untrusted pickle makes of the allowed types' constructors
+        if refused := re.search(r"GLOBAL (\S{1,100})", str(error)):
+            raise CheckpointError(
+                f"{path} holds {refused[1]}, which is no plain value and could run code when read, so it was refused: "
+                "save its state_dict alone (torch.save(model.state_dict(), ...)) or as .safetensors"
+            ) from error
+        if isinstance(error, pickle.UnpicklingError):
+            raise CheckpointError(f"{path} does not hold plain values alone: {_reason(error)}") from error
+        raise CheckpointError(
+            f"{path} is truncated or not a checkpoint: copy it again or give another file ({_first_line(error)})"
+        ) from error
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse an archive whose content is not what was written, or would take far more memory than the file.
+
+    Raises:
+        CheckpointError: see above.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            parts = archive.infolist()
+            stored = all(part.compress_type == zipfile.ZIP_STORED for part in parts)
+            if not stored or sum(part.file_size for part in parts) > path.stat().st_size:
+                raise CheckpointError(f"{path} is compressed, which torch.save never does: write it with torch.save")
+            for part in parts:
+                if part.filename.endswith("data.pkl") and part.file_size > _LARGEST_PICKLE:
+                    raise CheckpointError(
+                        f"{path} holds {part.file_size / 2**20:.0f} MiB of values beside its tensors, expected at most "
+                        f"{_LARGEST_PICKLE // 2**20}: save its state_dict alone (torch.save(model.state_dict(), ...))"
+                    )
+            # All of them are 0 where torch.serialization.set_crc32_options(False) left checksums out.
+            if any(part.CRC for part in parts) and (damaged := archive.testzip()):
+                raise CheckpointError(
+                    f"{path} is damaged: {damaged} does not match its checksum; copy the file again or use another one"
+                )
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged archive makes zipfile raise errors of many types
+        raise CheckpointError(f"{path} is truncated or damaged: copy it again ({_first_line(error)})") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+
+
+def _reason(error: pickle.UnpicklingError) -> str:
+    """What the unpickler refused, without torch's advice on how to allow it."""
+    return str(error).split("WeightsUnpickler error: ")[-1].strip().split("\n")[0].split(". ")[0][:200]
 
 
 def _from_hub(source: str) -> Path:
@@ -119,25 +173,65 @@ def has_ema(checkpoint: dict[str, Any]) -> bool:
 
 
 def extract_state_dict(checkpoint: dict[str, Any], *, use_ema: bool = False) -> dict[str, torch.Tensor]:
-    """The weights in a checkpoint: under "model" (or "model_ema", "state_dict"), or the dictionary itself.
+    """The weights in a checkpoint: under "model", "state_dict", "model_state_dict", or the dictionary itself.
 
-    Prefixes that wrappers leave on every name ("module.", "_orig_mod.") are taken off.
+    Averaged weights lie under "model_ema" or "state_dict_ema"; they also serve where there are no others. Prefixes that
+    wrappers leave on names ("module.", "model.", "net.", "backbone.") are taken off. Names outside of the prefix, such
+    as a loss's, are left out with a notice.
 
     Raises:
-        CheckpointError: no tensors there, or EMA weights asked for that it does not hold.
+        CheckpointError: no usable tensors there, or EMA weights asked for that it does not hold.
     """
-    keys = _EMA_KEYS if use_ema else ("model", "state_dict")
-    state = next((checkpoint[k] for k in keys if isinstance(checkpoint.get(k), dict)), None)
-    if state is None:
-        if use_ema:
-            raise CheckpointError("the checkpoint holds no EMA weights (model_ema): evaluate it without EMA")
-        state = checkpoint
-    state = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    keys = _EMA_KEYS if use_ema else (*_MODEL_KEYS, *_EMA_KEYS)
+    key = next((k for k in keys if isinstance(checkpoint.get(k), dict)), None)
+    if key is None and use_ema:
+        raise CheckpointError("the checkpoint holds no EMA weights (model_ema): evaluate it without EMA")
+    if key in _EMA_KEYS and not use_ema:
+        _logger.warning("the checkpoint holds averaged weights alone (%s): they are used", key)
+    state = checkpoint if key is None else checkpoint[key]
+    state = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
     if not state:
-        raise CheckpointError(f"the checkpoint holds no weights, only {', '.join(map(str, checkpoint)) or 'nothing'}")
-    while prefix := next((p for p in _WRAPPERS if all(k.startswith(p) for k in state)), ""):
-        state = {k.removeprefix(prefix): v for k, v in state.items()}
+        raise CheckpointError(f"the checkpoint holds no weights, only {_some([str(k)[:40] for k in checkpoint])}")
+    state = _without_prefix(state)
+    for name, tensor in state.items():
+        _check_tensor(name, tensor)
     return state
+
+
+def _without_prefix(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The model's names: below the wrappers' prefix of the patch embedding, or else of all names."""
+    stem = "patch_embed.proj.weight"
+    wrapped = rf"((?:{'|'.join(map(re.escape, _WRAPPERS))})*)"
+    if prefixes := [m[1] for name in state if (m := re.fullmatch(wrapped + re.escape(stem), name))]:
+        prefix = min(prefixes, key=len)
+    else:
+        prefix = min((re.match(wrapped, name)[1] for name in state), key=len)
+        if not all(name.startswith(prefix) for name in state):
+            prefix = ""
+    if others := [name for name in state if not name.startswith(prefix)]:
+        _logger.warning("the model's weights begin with %r: %s left out", prefix, _some(others))
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def _check_tensor(name: str, tensor: torch.Tensor) -> None:
+    """Refuse weights that no model has.
+
+    Raises:
+        CheckpointError: a layout other than a dense one with a value in memory for each element, or NaN or infinity.
+    """
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+        kind = "meta" if tensor.is_meta else "quantized" if tensor.is_quantized else str(tensor.layout)
+        raise CheckpointError(
+            f"{name} is a {kind} tensor, expected a dense one: save the state dict of the plain model"
+        )
+    # A tensor with a stride of 0 can stand for more memory than any machine has.
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise CheckpointError(f"{name} {tuple(tensor.shape)} is an expanded tensor: save it after .contiguous()")
+    if tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1 and not (finite := tensor.isfinite()).all():
+        raise CheckpointError(
+            f"{name} holds {int((~finite).sum())} values that are not finite (NaN or infinity): the run that wrote it "
+            "had diverged, so use an earlier checkpoint"
+        )
 
 
 def checkpoint_filter_fn(
@@ -148,13 +242,22 @@ def checkpoint_filter_fn(
     Args:
         state_dict: a checkpoint or a state dict.
         model: for which.
-        grid: rows and columns that the checkpoint's position embedding stands for; None means a square.
+        grid: rows and columns that the checkpoint's position embedding stands for. None: those stored with the
+            checkpoint, or else a guess, which is logged.
 
     Raises:
         CheckpointError: it holds no weights.
         ValueError: a position embedding of no such grid.
     """
-    return fit_state_dict(extract_state_dict(state_dict), model, grid=grid)
+    return fit_state_dict(extract_state_dict(state_dict), model, grid=grid or stored_grid(state_dict))
+
+
+def stored_grid(checkpoint: dict[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns of patches that a checkpoint says its position embedding stands for."""
+    grid = checkpoint.get("grid")
+    if isinstance(grid, tuple | list) and len(grid) == 2 and all(type(n) is int and n > 0 for n in grid):
+        return grid[0], grid[1]
+    return None
 
 
 def load_into(
@@ -165,14 +268,15 @@ def load_into(
     reset_head: bool = True,
     grid: tuple[int, int] | None = None,
 ) -> list[str]:
-    """Load weights into a model, resampling position embeddings to the model's grid.
+    """Load weights into a model: position embeddings resampled to its grid, a colour filter summed for grey images.
 
     Args:
         model: a VisionMamba, or any model whose names fit.
         state_dict: from `extract_state_dict`.
         strict: missing or unexpected names are an error, else a notice.
         reset_head: a head of another number of classes is left at its initialisation, with a notice, else an error.
-        grid: rows and columns that the position embedding stands for; None means a square.
+        grid: rows and columns that the position embedding stands for, from `stored_grid`; None: see
+            `checkpoint_filter_fn`.
 
     Returns:
         The names that were left at their initialisation or ignored.
@@ -187,6 +291,7 @@ def load_into(
             state = fit_state_dict(state, model, grid=grid)
         except ValueError as error:
             raise CheckpointError(f"the checkpoint's position embedding does not fit the model: {error}") from error
+    _adapt_first_conv(state, model, own)
     left_out = []
     if reset_head:
         left_out = sorted(
@@ -216,6 +321,19 @@ def load_into(
         _logger.warning("loading weights: %s", "; ".join(problems))
     model.load_state_dict(state, strict=False)
     return left_out + missing + unexpected
+
+
+def _adapt_first_conv(state: dict[str, torch.Tensor], model: nn.Module, own: dict[str, torch.Tensor]) -> None:
+    """Fit the first filter to the model's channels as timm does: summed for one, repeated and scaled for others."""
+    name = f"{(getattr(model, 'pretrained_cfg', None) or {}).get('first_conv')}.weight"
+    weight, channels = state.get(name), own[name].shape[1] if name in own else 0
+    if weight is None or weight.ndim != 4 or channels in (0, weight.shape[1]):
+        return
+    try:
+        state[name] = adapt_input_conv(channels, weight)
+    except NotImplementedError:  # from something else than colour: the shapes are reported below
+        return
+    _logger.warning("%s of %d channels is converted to the model's %d", name, weight.shape[1], channels)
 
 
 def _some(names: list[str], limit: int = 4) -> str:

@@ -8,7 +8,14 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 
-from vim.models.checkpoint import CheckpointError, checkpoint_filter_fn, extract_state_dict, has_ema, load_checkpoint
+from vim.models.checkpoint import (
+    CheckpointError,
+    checkpoint_filter_fn,
+    extract_state_dict,
+    has_ema,
+    load_checkpoint,
+    stored_grid,
+)
 from vim.models.vision_mamba import VisionMamba
 
 _logger = logging.getLogger("vision_mamba")
@@ -76,7 +83,13 @@ default_cfgs = generate_default_cfgs(
 
 def _pretrained_filter(state_dict: dict[str, Any], model: VisionMamba) -> dict[str, torch.Tensor]:
     """`checkpoint_filter_fn` with a notice where timm is about to drop the head without one."""
-    state_dict = checkpoint_filter_fn(state_dict, model)
+    grid, state_dict = stored_grid(state_dict), extract_state_dict(state_dict)
+    pos_embed = state_dict.get("pos_embed")
+    if grid is None and pos_embed is not None:
+        # Of the image size that timm's configuration of the weights names, if that accounts for every row.
+        rows, columns = model.patch_embed.dynamic_feat_size(model.pretrained_cfg["input_size"][-2:])
+        grid = (rows, columns) if rows * columns + model.num_prefix_tokens == pos_embed.shape[1] else None
+    state_dict = checkpoint_filter_fn(state_dict, model, grid=grid)
     head = state_dict.get("head.weight")
     if head is not None and model.num_classes not in (0, len(head)):
         _logger.warning(
@@ -129,7 +142,7 @@ def _with_weights(variant: str, cfg: Any, overlay: dict[str, Any] | None, cache_
     state_dict = extract_state_dict(checkpoint, use_ema=use_ema)
     if "head.weight" in state_dict:
         overlay.setdefault("num_classes", len(state_dict["head.weight"]))
-    return {**overlay, "file": None, "state_dict": state_dict}
+    return {**overlay, "file": None, "state_dict": {"model": state_dict, "grid": stored_grid(checkpoint)}}
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> VisionMamba:

@@ -1,7 +1,7 @@
 """Fitting the weights of one model to another: position embeddings to the patch grid, names that differ."""
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,30 +21,25 @@ def fit_state_dict(
     Args:
         state_dict: names and tensors.
         model: for which.
-        grid: rows and columns that the position embedding stands for; None means those of the image size in timm's
-            configuration of the weights, else a square, which the log says.
+        grid: rows and columns that the position embedding stands for; None means a guess, which the log says: the
+            model's own if it has as many patches, else a square.
 
     Raises:
         ValueError: a position embedding of no such grid.
     """
     state_dict = dict(state_dict)
-    pos_embed = state_dict.get("pos_embed")
-    if pos_embed is not None and model.pos_embed is not None and (grid or pos_embed.shape != model.pos_embed.shape):
-        state_dict["pos_embed"] = resample_pos_embed(
-            pos_embed,
-            model.patch_embed.grid_size,
-            class_token=model.class_token,
-            old_grid=grid or _configured_grid(model, pos_embed.shape[1]),
-        )
+    pos_embed, own_grid = state_dict.get("pos_embed"), model.patch_embed.grid_size
+    if pos_embed is not None and model.pos_embed is not None:
+        if grid or pos_embed.shape != model.pos_embed.shape:
+            state_dict["pos_embed"] = resample_pos_embed(
+                pos_embed, own_grid, class_token=model.class_token, old_grid=grid
+            )
+        elif own_grid[0] != own_grid[1]:
+            _logger.warning(
+                "the position embedding does not say which grid its patches form: taken for the model's %d × %d",
+                *own_grid,
+            )
     if model.rope is not None:
         # Rotary tables follow from the grid; those of the file may stand for another one.
         state_dict["rope.freqs_cos"], state_dict["rope.freqs_sin"] = model.rope.freqs_cos, model.rope.freqs_sin
     return state_dict
-
-
-def _configured_grid(model: "VisionMamba", rows: int) -> tuple[int, int] | None:
-    """The grid of the image size that timm's configuration of the weights names, if it accounts for every row."""
-    config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
-    height, width = config.get("input_size", (3, 0, 0))[-2:]
-    grid = model.patch_embed.dynamic_feat_size((height, width))
-    return grid if grid[0] * grid[1] + model.num_prefix_tokens == rows else None
