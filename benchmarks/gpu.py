@@ -23,9 +23,9 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from causal_conv1d_vim import triton_support
-from causal_conv1d_vim.backend import use_backend
 from causal_conv1d_vim.conv import backends as conv_backends
+from causal_conv1d_vim.runtime import triton as triton_runtime
+from causal_conv1d_vim.runtime.backend import use_backend
 from gpu_checks import N, available, check, directions, mixer_step, scan_inputs, short
 from mamba_ssm_vim.ops.mixer import mixer
 from mamba_ssm_vim.ops.norm import backends as norm_backends
@@ -424,12 +424,12 @@ def main(argv: list[str] | None = None) -> int:
     if unknown := set(wanted) - set(SECTIONS):
         parser.error(f"--only has {', '.join(sorted(unknown))}; the sections are {', '.join(SECTIONS)}")
     bench = Bench(options)
-    if not bench.gpu and not (options.tiny and triton_support.interpreting()):
+    if not bench.gpu and not (options.tiny and triton_runtime.interpreting()):
         parser.error("there is no GPU; to try this on a CPU run TRITON_INTERPRET=1 python benchmarks/gpu.py --tiny")
     options.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True  # the patch convolution, of Vim and DeiT alike
-    triton_support.interpreting()
+    triton_runtime.interpreting()
     describe(bench)
     for name, section in zip(SECTIONS, (check, kernels, mixers, models, sweep), strict=True):
         if name not in wanted or not bench.spare():

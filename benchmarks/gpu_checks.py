@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from causal_conv1d_vim.backend import use_backend
 from causal_conv1d_vim.conv import backends as conv_backends
 from causal_conv1d_vim.conv import reference as conv_reference
+from causal_conv1d_vim.runtime.backend import use_backend
 from mamba_ssm_vim.ops.mixer import Direction, mixer
 from mamba_ssm_vim.ops.norm import add_norm_ref
 from mamba_ssm_vim.ops.norm import backends as norm_backends

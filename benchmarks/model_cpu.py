@@ -22,7 +22,7 @@ import matplotlib
 import timm
 import torch
 from causal_conv1d_vim import use_backend
-from mamba_ssm_vim.native import library
+from mamba_ssm_vim.cpu_library import library
 from rich.console import Console
 from rich.table import Table
 

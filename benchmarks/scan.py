@@ -19,7 +19,7 @@ from pathlib import Path
 import matplotlib
 import torch
 from causal_conv1d_vim import use_backend
-from mamba_ssm_vim.native import library
+from mamba_ssm_vim.cpu_library import library
 from mamba_ssm_vim.ops.selective_scan import cpu, selective_scan
 from rich.console import Console
 from rich.table import Table

@@ -61,11 +61,12 @@ set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
 add_custom_target(vim_cuda)
 function(vim_cuda_library name package)
   add_library(${name} SHARED ${ARGN})
+  target_include_directories(${name} PRIVATE ${CMAKE_SOURCE_DIR}/causal-conv1d/csrc)
   string(JOIN "\\;" built ${VIM_CUDA_ARCHS})
   target_compile_definitions(${name} PRIVATE "VIM_CUDA_ARCHITECTURES=\"${built}\"")
   # 128-D: loops that a template's constants make unreachable.
   target_compile_options(${name} PRIVATE -O3 -diag-suppress=128)
-  install(TARGETS ${name} LIBRARY DESTINATION ${package}/_native)
+  install(TARGETS ${name} LIBRARY DESTINATION ${package}/_lib)
   add_dependencies(vim_cuda ${name})
 endfunction()
 

@@ -18,7 +18,7 @@ install_project() {
     echo "== installing vision-mamba, compiling its native kernels"
     .venv/bin/python -m pip install --quiet -e ".${1:+[$1]}"
     .venv/bin/python - <<'PYTHON'
-from mamba_ssm_vim.native import library
+from mamba_ssm_vim.cpu_library import library
 
 print("CPU kernels:", library.instruction_set or f"none, {library.reason}")
 PYTHON

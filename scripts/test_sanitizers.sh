@@ -12,7 +12,7 @@ if [ ! -e "$runtime" ]; then
 fi
 copy=$(mktemp -d)
 trap 'rm -rf "$copy"' EXIT
-cp -r "$top/CMakeLists.txt" "$top/cmake" "$top/scripts" "$top/causal-conv1d" "$top/mamba-1p1p1" "$copy/"
+cp -r "$top/CMakeLists.txt" "$top/pyproject.toml" "$top/cmake" "$top/scripts" "$top/causal-conv1d" "$top/mamba-1p1p1" "$copy/"
 VIM_BUILD_CUDA=0 VIM_BUILD_DIR="$copy/build" CXX="$cxx" bash "$copy/scripts/build_native.sh" \
   -DVIM_SANITIZE=address,undefined
 # The interpreter itself is not instrumented: the runtime is loaded before it, and its own leaks are not looked for.
@@ -21,5 +21,5 @@ cd "$copy"
 export PYTHONPATH="$copy/mamba-1p1p1:$copy/causal-conv1d" PYTHONDONTWRITEBYTECODE=1
 export ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 LD_PRELOAD="$runtime $("$cxx" -print-file-name=libstdc++.so)" "$python" -m pytest --import-mode=importlib -q \
-  -p no:cacheprovider -m "not slow" causal-conv1d/tests/test_native_conv.py mamba-1p1p1/tests/ops/test_native_scan.py \
-  mamba-1p1p1/tests/ops/test_native_norm.py mamba-1p1p1/tests/ops/test_native_mixer.py "$@"
+  -p no:cacheprovider -m "not slow" causal-conv1d/tests/conv/test_conv_cpu.py \
+  mamba-1p1p1/tests/ops/{selective_scan/test_selective_scan,norm/test_norm,mixer/test_mixer}_cpu.py "$@"

@@ -3,7 +3,6 @@
 `causal_conv1d` is token-major, (batch, seqlen, dim); the published functions are channel-first, (batch, dim, seqlen).
 """
 
-from causal_conv1d_vim.backend import BACKENDS, BackendError, use_backend
 from causal_conv1d_vim.causal_conv1d_interface import (
     causal_conv1d_fn,
     causal_conv1d_ref,
@@ -12,6 +11,7 @@ from causal_conv1d_vim.causal_conv1d_interface import (
 )
 from causal_conv1d_vim.causal_conv1d_varlen import causal_conv1d_varlen_states
 from causal_conv1d_vim.conv import causal_conv1d
+from causal_conv1d_vim.runtime.backend import BACKENDS, BackendError, use_backend
 
 __all__ = [
     "BACKENDS",

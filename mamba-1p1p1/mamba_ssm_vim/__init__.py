@@ -4,7 +4,7 @@
 names end in `_fn` and `_ref`, are channel-first, (batch, dim, seqlen).
 """
 
-from causal_conv1d_vim.backend import BACKENDS, BackendError, use_backend
+from causal_conv1d_vim.runtime.backend import BACKENDS, BackendError, use_backend
 
 from mamba_ssm_vim.modules.mamba_simple import Mamba
 from mamba_ssm_vim.ops.mixer import Direction, bimamba_inner, mixer
@@ -19,7 +19,7 @@ from mamba_ssm_vim.ops.selective_scan_interface import (
     selective_scan_fn,
     selective_scan_ref,
 )
-from mamba_ssm_vim.ops.triton.selective_state_update import selective_state_update
+from mamba_ssm_vim.ops.state_update import selective_state_update
 
 __all__ = [
     "BACKENDS",

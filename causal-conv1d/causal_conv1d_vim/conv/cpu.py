@@ -9,10 +9,10 @@ import struct
 import torch
 
 import causal_conv1d_vim
-from causal_conv1d_vim import native
-from causal_conv1d_vim.native import DTYPES, plain, pointer, rows
+from causal_conv1d_vim.runtime import cpu_library
+from causal_conv1d_vim.runtime.cpu_library import DTYPES, plain, pointer, rows
 
-library = native.Library("vim_conv", causal_conv1d_vim.__path__)
+library = cpu_library.Library("vim_conv", causal_conv1d_vim.__path__)
 _forward = library.function("vim_conv_forward")
 _backward = library.function("vim_conv_backward")
 _rows_forward = library.function("vim_conv_rows_forward")
@@ -29,7 +29,7 @@ def why_not(x: torch.Tensor, weight: torch.Tensor | None = None) -> str | None:
     """None if x (B, L, E) and weight (E, W) can be served here, else the reason."""
     if weight is not None and weight.shape[1] > MAX_WIDTH:
         return f"the width is {weight.shape[1]}, more than {MAX_WIDTH}"
-    return native.why_not(library, x)
+    return cpu_library.why_not(library, x)
 
 
 def _threads(x: torch.Tensor) -> int:

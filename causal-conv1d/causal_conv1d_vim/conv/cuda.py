@@ -5,7 +5,7 @@ import ctypes
 import torch
 
 import causal_conv1d_vim
-from causal_conv1d_vim.cuda_library import DATA_TYPES, CudaLibrary, address, int32, int64, pointer
+from causal_conv1d_vim.runtime.cuda_library import DATA_TYPES, CudaLibrary, address, int32, int64, pointer
 
 library = CudaLibrary(
     causal_conv1d_vim.__path__,

@@ -2,8 +2,8 @@
 
 import torch
 
-from causal_conv1d_vim.autodiff import dispatched, forbid_double_backward, recording
-from causal_conv1d_vim.registry import OpBackends
+from causal_conv1d_vim.runtime.autodiff import dispatched, forbid_double_backward, recording
+from causal_conv1d_vim.runtime.registry import OpBackends
 
 backends = OpBackends("causal_conv1d", "causal_conv1d_vim.conv")
 

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from causal_conv1d_vim.autodiff import gradients
+from causal_conv1d_vim.runtime.autodiff import gradients
 
 
 def why_not(x: torch.Tensor, weight: torch.Tensor | None = None) -> str | None:

@@ -1,6 +1,6 @@
+#include "common/runtime.h"
+#include "common/select.h"
 #include "conv.h"
-#include "runtime.h"
-#include "select.h"
 
 VIM_DECLARE(conv_forward, ConvArgs)
 VIM_DECLARE(conv_backward, ConvArgs)

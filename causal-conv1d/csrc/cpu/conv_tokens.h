@@ -1,9 +1,9 @@
 // The token-major causal convolution of a run of tokens: what the convolution alone and the one with a projection share.
 #pragma once
 
+#include "common/runtime.h"
+#include "common/simd.h"
 #include "conv.h"
-#include "runtime.h"
-#include "simd.h"
 
 namespace {
 

@@ -2,8 +2,8 @@
 //
 // A thread owns CPT neighbouring channels over kSegment tokens and keeps the last kWidth inputs in registers; widths 2 to 4
 // are padded to 4 with zero weights. Positions p count in scan order: token p, or seqlen - 1 - p from the far end.
-#include "../step.h"
-#include "reduce.h"
+#include "common/math.h"
+#include "common/reduce.h"
 
 namespace vim {
 

@@ -3,8 +3,8 @@
 // With x[t .. t+3] at hand, a thread makes output t + 3 of the first and output t of the second; the same four rows serve
 // both gradients. A thread owns CPT neighbouring channels over a run of positions t, which start at -3, and loads four rows
 // ahead. Widths 2 to 4 are padded to 4 with zero weights.
-#include "../step.h"
-#include "reduce.h"
+#include "common/math.h"
+#include "common/reduce.h"
 
 namespace vim {
 

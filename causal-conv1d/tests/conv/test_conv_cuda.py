@@ -1,33 +1,16 @@
-"""The CUDA convolution's kernels, run on the CPU through the emulation of platform.h, against the reference."""
-
-import ctypes
-import shutil
-import subprocess
-from pathlib import Path
+"""The CUDA convolution's kernels, run on the CPU through the tests' emulation of CUDA, against the reference."""
 
 import pytest
 import torch
 from causal_conv1d_vim.conv import cuda, reference
-
-CSRC = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
-SOURCES = [str(CSRC / name) for name in ("causal_conv1d.cu", "conv_pair.cu")]
+from cuda_testing import CONV_SOURCES, emulate, spills
 
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
     """The backend module, its library compiled for the CPU."""
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    path = tmp_path_factory.mktemp("cuda") / "libconv.so"
-    command = [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", '-DVIM_CUDA_ARCHITECTURES="90"', "-x", "c++"]
-    subprocess.run([*command, *SOURCES, "-o", str(path)], check=True)
-    library = cuda.library
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("_library", "_reason", "_architectures", "_checked"):
-            patch.setattr(library, name, getattr(library, name))
-        library.bind(ctypes.CDLL(str(path)))
-        patch.setattr(library, "launch", lambda name, args, x: library.check(name, library._run(name, args, 0)))
+        emulate(cuda.library, CONV_SOURCES, tmp_path_factory.mktemp("cuda"), patch)
         yield cuda
 
 
@@ -139,12 +122,8 @@ def test_declines_the_cpu_and_wide_windows():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["80", "90", "100"])
-@pytest.mark.parametrize("source", SOURCES)
-def test_nvcc_compiles(source, architecture, tmp_path):
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        pytest.skip("nvcc is not on the PATH: the CUDA source was not compiled for any GPU")
-    command = [nvcc, f"-arch=sm_{architecture}", "-std=c++17", "-O3", "--resource-usage", "-c", source]
-    report = subprocess.run([*command, "-o", str(tmp_path / "conv.o")], check=True, capture_output=True, text=True)
-    assert "spill stores" in report.stderr
-    assert all("0 bytes spill stores" in line for line in report.stderr.splitlines() if "spill stores" in line)
+@pytest.mark.parametrize("source", CONV_SOURCES, ids=lambda source: source.name)
+def test_nvcc_compiles_without_spills(source, architecture, tmp_path):
+    found = spills(source, architecture, tmp_path)
+    assert found
+    assert not any(found)

@@ -4,13 +4,13 @@ import functools
 
 import pytest
 import torch
-from causal_conv1d_vim import triton_support
 from causal_conv1d_vim.conv import reference
 from causal_conv1d_vim.conv import triton as backend
+from causal_conv1d_vim.runtime import triton as triton_runtime
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(
-    DEVICE == "cpu" and not triton_support.interpreting(), reason="test_triton_suite.py runs this under the interpreter"
+    DEVICE == "cpu" and not triton_runtime.interpreting(), reason="test_triton_suite.py runs this under the interpreter"
 )
 
 
@@ -26,7 +26,7 @@ def numbers(seed=0):
 
 # Float32 sums of at most a few hundred terms: 4e-6 in the norm; a narrow dtype adds the rounding of the results.
 # Triton's interpreter cuts the last bits of a bfloat16 off instead, which errs by up to twice as much.
-BFLOAT16 = 2**-7 if triton_support.interpreting() else 2**-8
+BFLOAT16 = 2**-7 if triton_runtime.interpreting() else 2**-8
 LIMITS = {torch.float32: 4e-6, torch.bfloat16: BFLOAT16 + 4e-6, torch.float16: 2**-11 + 4e-6}
 
 

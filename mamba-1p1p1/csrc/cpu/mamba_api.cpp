@@ -1,7 +1,7 @@
+#include "common/select.h"
 #include "norm.h"
 #include "probe.h"
 #include "scan.h"
-#include "select.h"
 
 VIM_DECLARE(scan_forward, ScanArgs)
 VIM_DECLARE(scan_backward, ScanGradArgs)

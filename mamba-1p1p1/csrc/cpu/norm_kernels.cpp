@@ -1,8 +1,8 @@
 // Residual add followed by RMSNorm or LayerNorm, one row at a time in cache; the new residual is written in the same pass.
 
+#include "common/runtime.h"
+#include "common/simd.h"
 #include "norm.h"
-#include "runtime.h"
-#include "simd.h"
 
 namespace {
 

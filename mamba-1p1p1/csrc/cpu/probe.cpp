@@ -1,7 +1,7 @@
 // Independent chains of fused multiply-adds, enough of them to hide the latency.
 
+#include "common/simd.h"
 #include "probe.h"
-#include "simd.h"
 
 namespace {
 

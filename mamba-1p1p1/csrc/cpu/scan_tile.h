@@ -2,9 +2,9 @@
 // order. A tile is stored token after token, BLOCK floats each; states are stored state after state.
 #pragma once
 
-#include "runtime.h"
+#include "common/runtime.h"
+#include "common/simd.h"
 #include "scan.h"
-#include "simd.h"
 
 namespace {
 

@@ -5,8 +5,8 @@
 // state on entering tile j in the direction of the scan.
 #pragma once
 
-#include "../../../causal-conv1d/csrc/cuda/reduce.h"
-#include "../../../causal-conv1d/csrc/step.h"
+#include "common/math.h"
+#include "common/reduce.h"
 
 namespace vim {
 

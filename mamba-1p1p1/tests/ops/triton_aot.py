@@ -13,11 +13,11 @@ import tempfile
 
 import torch
 import triton
-from causal_conv1d_vim import triton_support
 from causal_conv1d_vim.conv import triton as conv
+from causal_conv1d_vim.runtime import triton as triton_runtime
 from mamba_ssm_vim.ops.norm import triton as norm
 from mamba_ssm_vim.ops.selective_scan import triton as scan
-from mamba_ssm_vim.ops.triton import selective_state_update as update
+from mamba_ssm_vim.ops.state_update import triton as state_update
 from triton.backends.compiler import GPUTarget
 from triton.runtime import jit
 
@@ -52,7 +52,7 @@ def record(target: GPUTarget) -> list[tuple[str, object]]:
         return kernel
 
     jit.JITFunction.run = run
-    triton_support.multiprocessors = lambda x: 132  # as on an H100: batch 1 is cut in chunks
+    triton_runtime.multiprocessors = lambda x: 132  # as on an H100: batch 1 is cut in chunks
     triton.runtime.driver.set_active(AbsentDevice(target))
     return compiled
 
@@ -92,7 +92,7 @@ def launch_all(width: int, dtype: torch.dtype, *, quick: bool = False) -> None:
             scan.forward(u, delta, A, B, C, D, z, bias, None, **flags, accumulate_into=out)
             scan.backward(dout, None, u, delta, A, B, C, D, z, bias, None, saved, **flags)
     row, states = torch.empty(2, inner, dtype=dtype), torch.empty(2, STATES, dtype=dtype)
-    update._update_in_triton(torch.empty(2, inner, STATES), row, row, A, states, states, D, row, bias, True)
+    state_update.forward(torch.empty(2, inner, STATES), row, row, A, states, states, D, row, bias, True)
     h, residual, scale = torch.empty(2, 197, width, dtype=dtype), torch.empty(2, 197, width), torch.empty(width)
     for rms in (True, False):
         _, total, mean, rstd = norm.forward(h, residual, scale, None, eps=1e-5, rms=rms, residual_dtype=torch.float32)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from causal_conv1d_vim import native
 from causal_conv1d_vim.conv import cpu as conv
+from causal_conv1d_vim.runtime import cpu_library
 
 from mamba_ssm_vim.ops.selective_scan import cpu as scan
 
@@ -21,7 +21,7 @@ def why_not(xz: torch.Tensor, directions: "list[Direction]") -> str | None:
     """None if this mixer can be served here, else the reason."""
     if conv.library.reason is not None:
         return conv.library.reason
-    if (reason := native.why_not(scan.library, xz)) is not None:
+    if (reason := cpu_library.why_not(scan.library, xz)) is not None:
         return reason
     first = directions[0]
     if first.A.dtype is not torch.float32:

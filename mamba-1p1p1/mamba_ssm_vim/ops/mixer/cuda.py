@@ -10,9 +10,9 @@ import ctypes
 import math
 
 import torch
-from causal_conv1d_vim.backend import forced_backend
 from causal_conv1d_vim.conv import cuda as conv
-from causal_conv1d_vim.cuda_library import DATA_TYPES, address, int32, int64, pointer
+from causal_conv1d_vim.runtime.backend import forced_backend
+from causal_conv1d_vim.runtime.cuda_library import DATA_TYPES, address, int32, int64, pointer
 
 from mamba_ssm_vim.ops.selective_scan import cuda as scan
 

@@ -8,10 +8,10 @@ from types import ModuleType
 
 import torch
 import torch.nn.functional as F
-from causal_conv1d_vim.autodiff import dispatched, forbid_double_backward, recording
-from causal_conv1d_vim.backend import forced_backend
 from causal_conv1d_vim.conv import causal_conv1d
-from causal_conv1d_vim.registry import OpBackends
+from causal_conv1d_vim.runtime.autodiff import dispatched, forbid_double_backward, recording
+from causal_conv1d_vim.runtime.backend import forced_backend
+from causal_conv1d_vim.runtime.registry import OpBackends
 
 from mamba_ssm_vim.ops.selective_scan import selective_scan
 

@@ -3,10 +3,10 @@
 import struct
 
 import torch
-from causal_conv1d_vim import native
-from causal_conv1d_vim.native import DTYPES, plain, pointer
+from causal_conv1d_vim.runtime import cpu_library
+from causal_conv1d_vim.runtime.cpu_library import DTYPES, plain, pointer
 
-from mamba_ssm_vim.native import library
+from mamba_ssm_vim.cpu_library import library
 
 _forward = library.function("vim_norm_forward")
 _backward = library.function("vim_norm_backward")
@@ -17,7 +17,7 @@ _PARALLEL_FROM = 1 << 15  # elements
 
 def why_not(x: torch.Tensor) -> str | None:
     """None if x can be served here, else the reason."""
-    return native.why_not(library, x)
+    return cpu_library.why_not(library, x)
 
 
 def _threads(x: torch.Tensor) -> int:

@@ -1,8 +1,8 @@
 """Residual add and norm as one torch operator, and the modules and published functions on top of it."""
 
 import torch
-from causal_conv1d_vim.autodiff import dispatched, forbid_double_backward, recording
-from causal_conv1d_vim.registry import OpBackends
+from causal_conv1d_vim.runtime.autodiff import dispatched, forbid_double_backward, recording
+from causal_conv1d_vim.runtime.registry import OpBackends
 from torch import nn
 
 backends = OpBackends("add_norm", "mamba_ssm_vim.ops.norm")

@@ -1,7 +1,7 @@
 """Residual add followed by RMSNorm or LayerNorm in plain PyTorch: the specification."""
 
 import torch
-from causal_conv1d_vim.autodiff import gradients
+from causal_conv1d_vim.runtime.autodiff import gradients
 
 
 def why_not(x: torch.Tensor) -> str | None:

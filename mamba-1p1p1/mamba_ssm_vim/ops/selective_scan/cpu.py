@@ -8,10 +8,10 @@ import functools
 import struct
 
 import torch
-from causal_conv1d_vim import native
-from causal_conv1d_vim.native import DTYPES, plain, pointer, rows
+from causal_conv1d_vim.runtime import cpu_library
+from causal_conv1d_vim.runtime.cpu_library import DTYPES, plain, pointer, rows
 
-from mamba_ssm_vim.native import library
+from mamba_ssm_vim.cpu_library import library
 
 CHUNK = 32  # tokens between kept states, SCAN_CHUNK in scan.h
 BLOCK = 16  # channels per block, BLOCK in simd.h
@@ -33,7 +33,7 @@ def why_not(u: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor) 
         return "A, B or C is float64"
     if B.dim() == C.dim() == 4 and B.shape[2] != C.shape[2]:
         return "B and C have different numbers of groups"
-    return native.why_not(library, u, A, B, C)
+    return cpu_library.why_not(library, u, A, B, C)
 
 
 def _tokens(t: torch.Tensor | None) -> tuple[torch.Tensor | None, tuple[int, int, int, int]]:

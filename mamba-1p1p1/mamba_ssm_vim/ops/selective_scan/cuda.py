@@ -4,7 +4,7 @@ import ctypes
 import math
 
 import torch
-from causal_conv1d_vim.cuda_library import DATA_TYPES, CudaLibrary, address, float32, int32, int64, pointer
+from causal_conv1d_vim.runtime.cuda_library import DATA_TYPES, CudaLibrary, address, float32, int32, int64, pointer
 
 import mamba_ssm_vim
 

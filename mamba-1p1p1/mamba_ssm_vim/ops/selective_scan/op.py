@@ -1,8 +1,8 @@
 """Selective scan as a torch operator: registration, autograd and the public token-major function."""
 
 import torch
-from causal_conv1d_vim.autodiff import dispatched, forbid_double_backward, recording
-from causal_conv1d_vim.registry import OpBackends
+from causal_conv1d_vim.runtime.autodiff import dispatched, forbid_double_backward, recording
+from causal_conv1d_vim.runtime.registry import OpBackends
 
 backends = OpBackends("selective_scan", "mamba_ssm_vim.ops.selective_scan")
 

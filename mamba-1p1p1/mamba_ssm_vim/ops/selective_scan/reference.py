@@ -5,7 +5,7 @@ Shapes: B batch, L tokens, E channels, N states, G groups (E is a multiple of G)
 
 import torch
 import torch.nn.functional as F
-from causal_conv1d_vim.autodiff import gradients
+from causal_conv1d_vim.runtime.autodiff import gradients
 
 
 def why_not(u: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor) -> str | None:

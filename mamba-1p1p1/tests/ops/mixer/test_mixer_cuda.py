@@ -1,45 +1,21 @@
-"""The CUDA mixer, its kernels run on the CPU through the emulation of platform.h, against the operators one by one."""
+"""The CUDA mixer, its kernels run on the CPU through the tests' emulation of CUDA, against the operators one by one."""
 
-import ctypes
 import dataclasses
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
-from causal_conv1d_vim.backend import use_backend
+from causal_conv1d_vim.runtime.backend import use_backend
+from cuda_testing import CONV_SOURCES, MAMBA_SOURCES, emulate
 from mamba_ssm_vim.ops.mixer import Direction, cuda, mixer, op
-
-ROOT = Path(__file__).resolve().parents[4]
-SOURCES = {
-    cuda.conv.library: ["causal-conv1d/csrc/cuda/causal_conv1d.cu", "causal-conv1d/csrc/cuda/conv_pair.cu"],
-    cuda.scan.library: [
-        f"mamba-1p1p1/csrc/cuda/{name}.cu" for name in ("scan_forward", "scan_stream", "scan_backward", "mixer_weights")
-    ],
-}
 
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
     """The backend module with both libraries compiled for the CPU, chosen for every mixer call."""
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
     folder = tmp_path_factory.mktemp("cuda")
-    command = [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", '-DVIM_CUDA_ARCHITECTURES="90"', "-x", "c++"]
     with pytest.MonkeyPatch.context() as patch:
-        for number, (library, sources) in enumerate(SOURCES.items()):
-            path = folder / f"lib{number}.so"
-            subprocess.run([*command, *(str(ROOT / source) for source in sources), "-o", str(path)], check=True)
-            for name in ("_library", "_reason", "_architectures", "_checked"):
-                patch.setattr(library, name, getattr(library, name))
-            library.bind(ctypes.CDLL(str(path)))
-
-            def launch(name, args, x, library=library):
-                library.check(name, library._run(name, args, 0))
-
-            patch.setattr(library, "launch", launch)
+        emulate(cuda.conv.library, CONV_SOURCES, folder, patch)
+        emulate(cuda.scan.library, MAMBA_SOURCES, folder, patch)
         yield cuda
 
 
@@ -101,7 +77,7 @@ def test_declines_what_it_cannot_do(monkeypatch):
     xz = torch.zeros(1, 4, 12)
     one = direction(6, 8, 2, reverse=False)
     assert "not on a CUDA device" in cuda.why_not(xz, [one])
-    for library in SOURCES:
+    for library in (cuda.conv.library, cuda.scan.library):
         monkeypatch.setattr(library, "why_not", lambda x: None)
     assert cuda.why_not(xz, [one]) is None
     assert cuda.why_not(xz, [one, dataclasses.replace(one, reverse=True)]) is None

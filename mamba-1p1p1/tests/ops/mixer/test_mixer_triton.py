@@ -4,14 +4,14 @@ import functools
 
 import pytest
 import torch
-from causal_conv1d_vim import triton_support
-from causal_conv1d_vim.backend import use_backend
+from causal_conv1d_vim.runtime import triton as triton_runtime
+from causal_conv1d_vim.runtime.backend import use_backend
 from mamba_ssm_vim.ops.mixer import Direction, mixer, triton
 from mamba_ssm_vim.ops.selective_scan import triton as scan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(
-    DEVICE == "cpu" and not triton_support.interpreting(), reason="test_triton_suite.py runs this under the interpreter"
+    DEVICE == "cpu" and not triton_runtime.interpreting(), reason="test_triton_suite.py runs this under the interpreter"
 )
 
 
@@ -52,7 +52,7 @@ def test_matches_the_reference_operators(kind, chunked, dtype, monkeypatch):
     batch, seqlen, dim = 1, 31 if chunked else 5, 12
     if chunked:
         monkeypatch.setattr(scan, "MIN_CHUNK", 8)
-        monkeypatch.setattr(triton_support, "multiprocessors", lambda x: 4)
+        monkeypatch.setattr(triton_runtime, "multiprocessors", lambda x: 4)
     ways = directions(randn, dim, 3, 4, kind=kind)
     xz = randn(batch, seqlen, 2 * dim).to(dtype).requires_grad_()
     dout = randn(batch, seqlen, dim).to(dtype)

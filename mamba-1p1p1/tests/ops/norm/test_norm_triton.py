@@ -4,13 +4,13 @@ import functools
 
 import pytest
 import torch
-from causal_conv1d_vim import triton_support
+from causal_conv1d_vim.runtime import triton as triton_runtime
 from mamba_ssm_vim.ops.norm import reference
 from mamba_ssm_vim.ops.norm import triton as backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(
-    DEVICE == "cpu" and not triton_support.interpreting(), reason="test_triton_suite.py runs this under the interpreter"
+    DEVICE == "cpu" and not triton_runtime.interpreting(), reason="test_triton_suite.py runs this under the interpreter"
 )
 
 
@@ -38,7 +38,7 @@ def test_matches_reference(shape, dtype, residual_dtype, full, rms):
     flags = {"eps": 1e-5, "rms": rms}
     # Float32 sums of at most a few hundred terms: 4e-6 in the norm; narrow results add their rounding, and Triton's
     # interpreter cuts the last bits of a bfloat16 off instead, which errs by up to twice as much.
-    bfloat16 = 2**-7 if triton_support.interpreting() else 2**-8
+    bfloat16 = 2**-7 if triton_runtime.interpreting() else 2**-8
     limits = {torch.float32: 4e-6, torch.bfloat16: bfloat16 + 4e-6, torch.float16: 2**-10}
     y, total, mean, rstd = backend.forward(x, residual, weight, bias, **flags, residual_dtype=residual_dtype)
     wide = [None if t is None else t.double() for t in (x, residual, weight, bias)]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from causal_conv1d_vim.backend import BackendError
+from causal_conv1d_vim.runtime.backend import BackendError
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
@@ -45,7 +45,7 @@ class Library:
         self.reason: str | None = None
         self.instruction_set = ""
         self._library: ctypes.CDLL | None = None
-        folders = [Path(entry) / "_native" for entry in package_path]
+        folders = [Path(entry) / "_lib" for entry in package_path]
         found = [
             f / f"lib{name}{suffix}" for f in folders for suffix in _SUFFIXES if (f / f"lib{name}{suffix}").exists()
         ]

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from causal_conv1d_vim import backend, triton_support
 from causal_conv1d_vim.conv import backends
-from causal_conv1d_vim.cuda_library import CudaLibrary
+from causal_conv1d_vim.runtime import backend
+from causal_conv1d_vim.runtime import triton as triton_runtime
+from causal_conv1d_vim.runtime.cuda_library import CudaLibrary
 
 
 class Arguments(ctypes.Structure):
@@ -37,8 +38,8 @@ def test_missing_library_is_a_reason_and_an_error_when_used(tmp_path, on_a_gpu):
 
 
 def test_broken_library_is_a_reason(tmp_path, on_a_gpu):
-    (tmp_path / "_native").mkdir()
-    (tmp_path / "_native" / "libnone.so").write_bytes(b"not a library")
+    (tmp_path / "_lib").mkdir()
+    (tmp_path / "_lib" / "libnone.so").write_bytes(b"not a library")
     assert "does not load" in library_in(tmp_path).why_not(on_a_gpu)
 
 
@@ -48,13 +49,13 @@ def built(tmp_path):
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         pytest.skip("no C compiler")
-    (tmp_path / "_native").mkdir()
+    (tmp_path / "_lib").mkdir()
     source = tmp_path / "none.c"
     source.write_text(
         "#include <stdint.h>\nint vim_f(const void* a, void* s) { return 3; }\n"
         'int64_t vim_q(int64_t n) { return 2 * n; }\nconst char* vim_cuda_architectures() { return "80;90"; }\n'
     )
-    output = str(tmp_path / "_native" / "libnone.so")
+    output = str(tmp_path / "_lib" / "libnone.so")
     subprocess.run([compiler, "-shared", "-fPIC", str(source), "-o", output], check=True)
     return library_in(tmp_path)
 
@@ -122,8 +123,8 @@ def test_a_kernel_that_does_not_compile_is_one_line(monkeypatch):
     def broken(*args):
         raise RuntimeError("no compiler\nand much more")
 
-    kernels = pytest.importorskip("causal_conv1d_vim.conv.triton.kernels")
+    kernels = pytest.importorskip("causal_conv1d_vim.conv.triton_kernels")
     monkeypatch.setattr(kernels, "probe", {(1,): broken})
-    reason = triton_support._probe(torch.device("cpu"))
+    reason = triton_runtime._probe(torch.device("cpu"))
     assert reason.startswith("a Triton kernel cannot be built or launched")
     assert "\n" not in reason

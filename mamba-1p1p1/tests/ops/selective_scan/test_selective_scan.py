@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from causal_conv1d_vim.backend import BackendError
+from causal_conv1d_vim.runtime.backend import BackendError
 from mamba_ssm_vim import selective_scan, use_backend
 from mamba_ssm_vim.ops.selective_scan import backends, selective_scan_ref
 

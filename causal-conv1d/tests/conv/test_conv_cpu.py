@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from causal_conv1d_vim.conv import cpu, reference
-from causal_conv1d_vim.native import INSTRUCTION_SETS
+from causal_conv1d_vim.runtime.cpu_library import INSTRUCTION_SETS
 
 pytestmark = pytest.mark.skipif(cpu.library.reason is not None, reason=str(cpu.library.reason))
 

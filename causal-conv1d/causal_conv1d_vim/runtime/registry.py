@@ -6,7 +6,7 @@ from types import ModuleType
 
 import torch
 
-from causal_conv1d_vim.backend import BACKENDS, choose, forced_backend
+from causal_conv1d_vim.runtime.backend import BACKENDS, choose, forced_backend
 
 
 class OpBackends:

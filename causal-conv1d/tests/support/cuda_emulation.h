@@ -1,47 +1,9 @@
-// CUDA, or an emulation of it on the CPU: the same kernel source compiles with nvcc and with a C++17 compiler.
+// CUDA on the CPU: kernel sources compile against this with a C++17 compiler, included by common/launch.h.
 //
-// Under a C++ compiler each thread of a block is a coroutine; blocks run one after another. Barriers and warp shuffles
-// switch coroutines, shared memory starts as NaN, and VIM_EMULATE_REVERSED=1 runs the threads in the opposite order, so
-// that a missing barrier changes a result. That is what the CPU tests run; it says nothing about speed.
+// Each thread of a block is a coroutine; blocks run one after another. Barriers and warp shuffles switch coroutines, shared
+// memory starts as NaN, and VIM_EMULATE_REVERSED=1 runs the threads in the opposite order, so that a missing barrier changes
+// a result. It says nothing about speed.
 #pragma once
-
-#include <cstddef>
-#include <cstdint>
-
-#ifdef __CUDACC__
-
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
-#define VIM_HD __host__ __device__ __forceinline__
-#define VIM_DEVICE __device__ __forceinline__
-
-extern __shared__ float4 vim_shared_memory[];
-
-namespace vim {
-
-// A barrier among THREADS threads of a block, all that come with this ID (1 to 15).
-template <int ID, int THREADS>
-VIM_DEVICE void sync_part() {
-    asm volatile("bar.sync %0, %1;" ::"n"(ID), "n"(THREADS) : "memory");
-}
-
-template <typename Args>
-int launch(void (*kernel)(Args), dim3 grid, int threads, size_t shared_bytes, void* stream, const Args& args) {
-    if (shared_bytes > 48 * 1024) {
-        // Above 48 KiB a kernel has to ask. The attribute is per device, so it is set at every launch: it is cheap.
-        cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                 static_cast<int>(shared_bytes));
-        if (error != cudaSuccess) return error;
-    }
-    kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(args);
-    return cudaGetLastError();
-}
-
-}  // namespace vim
-
-#else
 
 #include <ucontext.h>
 
@@ -228,100 +190,5 @@ int launch(void (*kernel)(Args), dim3 grid, int threads, size_t shared_bytes, vo
     emulation::block = nullptr;
     return 0;
 }
-
-}  // namespace vim
-
-#endif
-
-namespace vim {
-
-// Element types by the code that the Python side passes.
-enum DataType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
-// Returned besides CUDA's own error codes (which are positive).
-enum Status : int { kOk = 0, kUnsupported = -1 };
-
-struct BFloat16 {
-    uint16_t bits;
-};
-struct Float16 {
-    uint16_t bits;
-};
-
-VIM_HD float to_float(float value) { return value; }
-
-VIM_HD float to_float(BFloat16 value) {
-    union {
-        uint32_t bits;
-        float number;
-    } cast;
-    cast.bits = static_cast<uint32_t>(value.bits) << 16;
-    return cast.number;
-}
-
-VIM_HD float to_float(Float16 value) {
-#ifdef __CUDACC__
-    return __half2float(__half(__half_raw{value.bits}));
-#else
-    _Float16 half;
-    std::memcpy(&half, &value.bits, 2);
-    return static_cast<float>(half);
-#endif
-}
-
-template <typename T>
-VIM_HD T from_float(float value);
-
-template <>
-VIM_HD float from_float<float>(float value) {
-    return value;
-}
-
-template <>
-VIM_HD BFloat16 from_float<BFloat16>(float value) {
-#ifdef __CUDACC__
-    return BFloat16{__bfloat16_as_ushort(__float2bfloat16_rn(value))};
-#else
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return BFloat16{0x7fff};
-    return BFloat16{static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
-#endif
-}
-
-template <>
-VIM_HD Float16 from_float<Float16>(float value) {
-#ifdef __CUDACC__
-    return Float16{__half_as_ushort(__float2half_rn(value))};
-#else
-    _Float16 half = static_cast<_Float16>(value);
-    uint16_t bits;
-    std::memcpy(&bits, &half, 2);
-    return Float16{bits};
-#endif
-}
-
-// COUNT neighbouring elements as one load or store.
-template <typename T, int COUNT>
-struct alignas(sizeof(T) * COUNT) Pack {
-    T values[COUNT];
-};
-
-// An element of a tensor whose type is known only at run time (tiles of B and C: few loads, so no template for them).
-VIM_HD float load_any(const void* data, int64_t index, int32_t type) {
-    if (type == kFloat32) return static_cast<const float*>(data)[index];
-    if (type == kBFloat16) return to_float(static_cast<const BFloat16*>(data)[index]);
-    return to_float(static_cast<const Float16*>(data)[index]);
-}
-
-VIM_HD void store_any(void* data, int64_t index, int32_t type, float value) {
-    if (type == kFloat32)
-        static_cast<float*>(data)[index] = value;
-    else if (type == kBFloat16)
-        static_cast<BFloat16*>(data)[index] = from_float<BFloat16>(value);
-    else
-        static_cast<Float16*>(data)[index] = from_float<Float16>(value);
-}
-
-VIM_HD constexpr int64_t ceil_div(int64_t count, int64_t step) { return (count + step - 1) / step; }
 
 }  // namespace vim

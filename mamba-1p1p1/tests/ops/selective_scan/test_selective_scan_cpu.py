@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from causal_conv1d_vim.native import INSTRUCTION_SETS
+from causal_conv1d_vim.runtime.cpu_library import INSTRUCTION_SETS
 from mamba_ssm_vim.ops.selective_scan import cpu, reference
 
 pytestmark = pytest.mark.skipif(cpu.library.reason is not None, reason=str(cpu.library.reason))
@@ -193,7 +193,7 @@ def test_complex_is_declined():
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS[: INSTRUCTION_SETS.index(cpu.library.instruction_set or "baseline")])
 def test_lower_instruction_sets_pass_these_tests(isa):
-    tests = [str(Path(__file__).with_name(f"test_native_{op}.py")) for op in ("scan", "norm", "mixer")]
+    tests = [str(p) for p in Path(__file__).parents[1].glob("*/test_*_cpu.py")]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "--import-mode=importlib", "-q", "-k", "reference or half", *tests],
         env={**os.environ, "VIM_CPU_ISA": isa}, capture_output=True, text=True,

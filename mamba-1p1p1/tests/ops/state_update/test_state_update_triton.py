@@ -4,13 +4,13 @@ import functools
 
 import pytest
 import torch
-from causal_conv1d_vim import triton_support
-from causal_conv1d_vim.backend import use_backend
-from mamba_ssm_vim.ops.triton import selective_state_update as module
+from causal_conv1d_vim.runtime import triton as triton_runtime
+from causal_conv1d_vim.runtime.backend import use_backend
+from mamba_ssm_vim.ops.state_update import op, selective_state_update, selective_state_update_ref
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(
-    DEVICE == "cpu" and not triton_support.interpreting(), reason="test_triton_suite.py runs this under the interpreter"
+    DEVICE == "cpu" and not triton_runtime.interpreting(), reason="test_triton_suite.py runs this under the interpreter"
 )
 # Float32 sums of at most 16 terms, in another order; one rounding, which the interpreter makes by cutting bits off.
 LIMITS = {torch.float32: 4e-6, torch.bfloat16: 2**-7 + 4e-6}
@@ -37,10 +37,10 @@ def test_matches_the_reference(channels, groups, dstate, dtype, full):
     B, C = (randn(2, *((groups, dstate) if groups else (dstate,))) for _ in range(2))
     rest = (D, z, bias, True) if full else (None, None, None, False)
     expected_state = state.clone()
-    expected = module.selective_state_update_ref(expected_state, x, dt, A, B, C, *rest)
+    expected = selective_state_update_ref(expected_state, x, dt, A, B, C, *rest)
     with use_backend("triton"), torch.no_grad():
-        assert module._in_triton(state, x, dt, A, B, C, *rest[:3])
-        out = module.selective_state_update(state, x, dt, A, B, C, *rest)
+        assert op._in_triton(state, x, dt, A, B, C, *rest[:3])
+        out = selective_state_update(state, x, dt, A, B, C, *rest)
     assert out.dtype == dtype
     assert error(out, expected) < LIMITS[dtype]
     assert error(state, expected_state) < 4e-6

@@ -4,8 +4,8 @@ import dataclasses
 import math
 
 import torch
-from causal_conv1d_vim import triton_support
-from causal_conv1d_vim.triton_support import guard, rows
+from causal_conv1d_vim.runtime import triton as triton_runtime
+from causal_conv1d_vim.runtime.triton import guard, rows
 
 MAX_STATES = 64
 BLOCK_E = 32  # channels of a program: one warp, a channel per lane
@@ -22,7 +22,7 @@ def why_not(u: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor) 
         return "B or C is constant over time"
     if B.shape[2] != C.shape[2]:
         return "B and C have different numbers of groups"
-    return triton_support.why_not(u)
+    return triton_runtime.why_not(u)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ def plan(batch: int, seqlen: int, dim: int, dstate: int, groups: int, multiproce
 
 
 def _plan(u: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> Plan:
-    return plan(*u.shape, A.shape[1], B.shape[2], triton_support.multiprocessors(u))
+    return plan(*u.shape, A.shape[1], B.shape[2], triton_runtime.multiprocessors(u))
 
 
 def _state(t: torch.Tensor | None) -> torch.Tensor | None:
@@ -82,7 +82,7 @@ class _Launch:
     """The arguments that the kernels of one call share."""
 
     def __init__(self, u, delta, A, B, delta_bias, delta_softplus: bool, reverse: bool) -> None:
-        from mamba_ssm_vim.ops.selective_scan.triton import kernels
+        from mamba_ssm_vim.ops.selective_scan import triton_kernels as kernels
 
         self.kernels = kernels
         self.plan = _plan(u, A, B)

@@ -5,7 +5,7 @@ from types import ModuleType
 
 import torch
 
-from causal_conv1d_vim.backend import forced_backend
+from causal_conv1d_vim.runtime.backend import forced_backend
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -45,7 +45,7 @@ def why_not(x: torch.Tensor) -> str | None:
 def _probe(device: torch.device) -> str | None:
     """Compile and launch one small kernel: a missing compiler or driver shows here and not in the middle of a model."""
     try:
-        kernel = importlib.import_module("causal_conv1d_vim.conv.triton.kernels")
+        kernel = importlib.import_module("causal_conv1d_vim.conv.triton_kernels")
         out = torch.zeros(32, dtype=torch.float32, device=device)
         with torch.cuda.device(device):
             kernel.probe[(1,)](out, SIZE=32)

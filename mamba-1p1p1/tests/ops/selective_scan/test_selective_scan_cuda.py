@@ -1,17 +1,9 @@
-"""The CUDA scan's kernels, run on the CPU through the emulation of platform.h, against the reference."""
-
-import ctypes
-import re
-import shutil
-import subprocess
-from pathlib import Path
+"""The CUDA scan's kernels, run on the CPU through the tests' emulation of CUDA, against the reference."""
 
 import pytest
 import torch
+from cuda_testing import MAMBA_SOURCES, emulate, spills
 from mamba_ssm_vim.ops.selective_scan import cuda, reference
-
-CSRC = Path(__file__).resolve().parents[3] / "csrc" / "cuda"
-
 
 # Bytes per thread that the compiler may keep in local memory. The forward scan's registers are bounded so that six
 # blocks of Vim-Ti's mixer fit a multiprocessor; what gives way is used once per 16 tokens, not in the innermost loop.
@@ -21,19 +13,8 @@ SPILL_LIMIT = {"scan_forward.cu": 256, "scan_stream.cu": 256, "scan_backward.cu"
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
     """The backend module, its library compiled for the CPU."""
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    path = tmp_path_factory.mktemp("cuda") / "libscan.so"
-    command = [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", '-DVIM_CUDA_ARCHITECTURES="90"', "-x", "c++"]
-    sources = [str(CSRC / name) for name in SPILL_LIMIT]
-    subprocess.run([*command, *sources, "-o", str(path)], check=True)
-    library = cuda.library
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("_library", "_reason", "_architectures", "_checked"):
-            patch.setattr(library, name, getattr(library, name))
-        library.bind(ctypes.CDLL(str(path)))
-        patch.setattr(library, "launch", lambda name, args, x: library.check(name, library._run(name, args, 0)))
+        emulate(cuda.library, MAMBA_SOURCES, tmp_path_factory.mktemp("cuda"), patch)
         yield cuda
 
 
@@ -219,14 +200,8 @@ def test_declines_what_it_cannot_do(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["80", "90", "100"])
-@pytest.mark.parametrize("source", sorted(SPILL_LIMIT))
+@pytest.mark.parametrize("source", MAMBA_SOURCES, ids=lambda source: source.name)
 def test_nvcc_compiles_and_spills_little(source, architecture, tmp_path):
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        pytest.skip("nvcc is not on the PATH: the CUDA sources were not compiled for any GPU")
-    command = [nvcc, f"-arch=sm_{architecture}", "-std=c++17", "-O3", "--resource-usage", "-diag-suppress=128", "-c"]
-    command += [str(CSRC / source), "-o", str(tmp_path / "scan.o")]
-    report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    spills = [int(count) for count in re.findall(r"(\d+) bytes spill stores", report)]
-    assert spills
-    assert max(spills) <= SPILL_LIMIT[source]
+    found = spills(source, architecture, tmp_path)
+    assert found
+    assert max(found) <= SPILL_LIMIT[source.name]

@@ -4,19 +4,19 @@ import functools
 
 import pytest
 import torch
-from causal_conv1d_vim import triton_support
-from causal_conv1d_vim.backend import use_backend
+from causal_conv1d_vim.runtime import triton as triton_runtime
+from causal_conv1d_vim.runtime.backend import use_backend
 from mamba_ssm_vim.ops.selective_scan import reference, selective_scan
 from mamba_ssm_vim.ops.selective_scan import triton as backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 runs = pytest.mark.skipif(
-    DEVICE == "cpu" and not triton_support.interpreting(), reason="test_triton_suite.py runs this under the interpreter"
+    DEVICE == "cpu" and not triton_runtime.interpreting(), reason="test_triton_suite.py runs this under the interpreter"
 )
 # The largest relative error of one rounding; Triton's interpreter cuts the last bits of a bfloat16 off.
 ROUNDING = {
     torch.float32: 0.0,
-    torch.bfloat16: 2**-7 if triton_support.interpreting() else 2**-8,
+    torch.bfloat16: 2**-7 if triton_runtime.interpreting() else 2**-8,
     torch.float16: 2**-11,
 }
 NAMES = ("du", "ddelta", "dA", "dB", "dC", "dD", "dz", "ddelta_bias", "dinitial_state")
@@ -98,7 +98,7 @@ def test_only_what_is_given():
 @pytest.mark.parametrize("reverse", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_chunked(reverse, monkeypatch):
     monkeypatch.setattr(backend, "MIN_CHUNK", 10)
-    monkeypatch.setattr(triton_support, "multiprocessors", lambda x: 4)
+    monkeypatch.setattr(triton_runtime, "multiprocessors", lambda x: 4)
     args = inputs(1, 43, 20, 16, 1, torch.float32)
     assert backend._plan(*args[:1], args[2], args[3]).chunks == 3
     compare(args, torch.float32, reverse=reverse)

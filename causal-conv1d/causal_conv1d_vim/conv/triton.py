@@ -4,8 +4,8 @@ import math
 
 import torch
 
-from causal_conv1d_vim import triton_support
-from causal_conv1d_vim.triton_support import guard, interpreting, rows
+from causal_conv1d_vim.runtime import triton as triton_runtime
+from causal_conv1d_vim.runtime.triton import guard, interpreting, rows
 
 MAX_WIDTH = 8
 TILE_T = 16
@@ -16,7 +16,7 @@ def why_not(x: torch.Tensor, weight: torch.Tensor | None = None) -> str | None:
     """None if these kernels can serve a call on x (B, L, E) and weight (E, W), else the reason."""
     if weight is not None and weight.shape[1] > MAX_WIDTH:
         return f"the width is {weight.shape[1]}, more than {MAX_WIDTH}"
-    return triton_support.why_not(x)
+    return triton_runtime.why_not(x)
 
 
 def _launch(x: torch.Tensor, weight: torch.Tensor) -> tuple[tuple[int, int], dict]:
@@ -46,7 +46,7 @@ def forward(
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return out
-    from causal_conv1d_vim.conv.triton import kernels
+    from causal_conv1d_vim.conv import triton_kernels as kernels
 
     grid, meta = _launch(x, weight)
     x, weight, bias, state = _parameters(x, weight, bias, initial_state)
@@ -78,7 +78,7 @@ def backward(
     if x.numel() == 0:
         zeros = [None if t is None else torch.zeros_like(t) for t in (weight, bias, initial_state)]
         return dx, *zeros
-    from causal_conv1d_vim.conv.triton import kernels
+    from causal_conv1d_vim.conv import triton_kernels as kernels
 
     grid, meta = _launch(x, weight)
     x, weight_in, bias_in, state = _parameters(x, weight, bias, initial_state)

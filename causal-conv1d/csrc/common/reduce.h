@@ -1,7 +1,7 @@
 // Sums over rows of partial results, in a fixed order.
 #pragma once
 
-#include "platform.h"
+#include "common/dtype.h"
 
 namespace vim {
 

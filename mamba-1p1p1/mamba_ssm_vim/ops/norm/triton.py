@@ -3,8 +3,8 @@
 import math
 
 import torch
-from causal_conv1d_vim import triton_support
-from causal_conv1d_vim.triton_support import guard
+from causal_conv1d_vim.runtime import triton as triton_runtime
+from causal_conv1d_vim.runtime.triton import guard
 
 MAX_DIM = 8192
 TILE = 4096  # elements of a step: 32 per thread of 4 warps
@@ -15,7 +15,7 @@ def why_not(x: torch.Tensor) -> str | None:
     """None if these kernels can serve x (..., D), else the reason."""
     if x.shape[-1] > MAX_DIM:
         return f"rows of {x.shape[-1]} are wider than {MAX_DIM}"
-    return triton_support.why_not(x)
+    return triton_runtime.why_not(x)
 
 
 def _tile(dim: int) -> dict[str, int]:
@@ -32,7 +32,7 @@ def forward(x, residual, weight, bias, *, eps, rms, residual_dtype):
     rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     mean = None if rms else torch.empty_like(rstd)
     if x.numel():
-        from mamba_ssm_vim.ops.norm.triton import kernels
+        from mamba_ssm_vim.ops.norm import triton_kernels as kernels
 
         dim, meta = x.shape[-1], _tile(x.shape[-1])
         count = x.numel() // dim
@@ -54,7 +54,7 @@ def backward(dy, dresidual_out, residual_out, weight, bias, mean, rstd, *, rms, 
     dx = dresidual if x_dtype == torch.float32 else torch.empty(dy.shape, dtype=x_dtype, device=dy.device)
     if count == 0:
         return dx, dresidual, torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias)
-    from mamba_ssm_vim.ops.norm.triton import kernels
+    from mamba_ssm_vim.ops.norm import triton_kernels as kernels
 
     steps = math.ceil(math.ceil(count / meta["ROWS"]) / PARTIAL_SUMS)
     programs = math.ceil(count / (steps * meta["ROWS"]))

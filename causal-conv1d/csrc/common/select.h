@@ -1,7 +1,7 @@
 // Exports a kernel that was compiled once per instruction set as the C function vim_<name>.
 #pragma once
 
-#include "runtime.h"
+#include "common/runtime.h"
 
 #if VIM_X86
 #define VIM_DECLARE(name, Args)                \

@@ -9,27 +9,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from causal_conv1d_vim import native
-from causal_conv1d_vim.backend import BackendError
 from causal_conv1d_vim.conv import cpu
+from causal_conv1d_vim.runtime import cpu_library
+from causal_conv1d_vim.runtime.backend import BackendError
 
 needs_library = pytest.mark.skipif(cpu.library.reason is not None, reason=str(cpu.library.reason))
 BEST = cpu.library.instruction_set or "baseline"
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def test_missing_library_says_how_to_build_it(tmp_path):
-    library = native.Library("vim_conv", [str(tmp_path)])
+    library = cpu_library.Library("vim_conv", [str(tmp_path)])
     assert "scripts/build_native.sh" in library.reason
     with pytest.raises(RuntimeError, match="was not built"):
         library.function("vim_conv_forward")(b"")
 
 
 def test_broken_library_is_a_reason_and_not_a_crash(tmp_path):
-    (tmp_path / "_native").mkdir()
-    (tmp_path / "_native" / "libvim_conv.so").write_bytes(b"not a library")
-    (tmp_path / "_native" / "libvim_conv.dylib").write_bytes(b"not a library")
-    assert "does not load" in native.Library("vim_conv", [str(tmp_path)]).reason
+    (tmp_path / "_lib").mkdir()
+    (tmp_path / "_lib" / "libvim_conv.so").write_bytes(b"not a library")
+    (tmp_path / "_lib" / "libvim_conv.dylib").write_bytes(b"not a library")
+    assert "does not load" in cpu_library.Library("vim_conv", [str(tmp_path)]).reason
 
 
 @needs_library
@@ -45,7 +45,7 @@ def run_with(isa: str, code: str) -> subprocess.CompletedProcess:
 
 
 @needs_library
-@pytest.mark.parametrize("isa", native.INSTRUCTION_SETS[: native.INSTRUCTION_SETS.index(BEST) + 1])
+@pytest.mark.parametrize("isa", cpu_library.INSTRUCTION_SETS[: cpu_library.INSTRUCTION_SETS.index(BEST) + 1])
 def test_lower_instruction_set_can_be_forced(isa):
     code = (
         "import torch; from causal_conv1d_vim.conv import cpu, reference as r; torch.manual_seed(0);"
@@ -90,7 +90,7 @@ def test_clang_compiles_the_libraries_without_a_warning(tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     for name in ("vim_conv", "vim_mamba"):
         library = ctypes.CDLL(str(next(tmp_path.glob(f"lib{name}.*"))))
-        assert library.vim_isa() == native.INSTRUCTION_SETS.index(BEST)
+        assert library.vim_isa() == cpu_library.INSTRUCTION_SETS.index(BEST)
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ class CudaLibrary:
     """One package's CUDA library, loaded when first asked for.
 
     Args:
-        paths: directories of the package (its `__path__`); the library lies in `_native` under one of them.
+        paths: directories of the package (its `__path__`); the library lies in `_lib` under one of them.
         name: file name.
         launchers: names of functions `int f(const Args*, void* stream)`.
         queries: names of functions of integers that return an int64, with their argument types.
@@ -38,7 +38,7 @@ class CudaLibrary:
         self._checked: dict[int, str | None] = {}
 
     def _load(self) -> None:
-        found = [p for path in self._paths if (p := Path(path) / "_native" / self._name).is_file()]
+        found = [p for path in self._paths if (p := Path(path) / "_lib" / self._name).is_file()]
         if not found:
             self._reason = f"the CUDA library {self._name} was not built; install with nvcc on the PATH"
             return

@@ -1,6 +1,6 @@
 """The native CPU library of this package, loaded once for all of its operators."""
 
-from causal_conv1d_vim.native import Library
+from causal_conv1d_vim.runtime.cpu_library import Library
 
 import mamba_ssm_vim
 
