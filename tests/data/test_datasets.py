@@ -4,11 +4,13 @@ import gzip
 import io
 import json
 import pickle
+import shutil
 import tarfile
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 from vim.data import build_datasets, build_loaders
@@ -391,3 +393,118 @@ def test_missing_library_is_named(parsed, tmp_path, monkeypatch, prefix, module,
 def test_unknown_name(parsed, tmp_path):
     with pytest.raises(UserError, match="expected one of IMNET, CIFAR"):
         build_datasets(parsed("--data-set", "torch/cifar10", "--data-path", tmp_path))
+
+
+def test_folders_as_torchvision_reads_them(parsed, colours, caplog):
+    """Links are followed, hidden names are neither classes nor images, nested folders count; the split is said."""
+    caplog.set_level("INFO", "vision_mamba")
+    train = colours / "train"
+    (colours / "elsewhere").mkdir()
+    (train / "red" / "3.jpg").rename(colours / "elsewhere" / "far.jpg")
+    (train / "red" / "nested").symlink_to(colours / "elsewhere")
+    (train / "green").rename(colours / "green images")
+    (train / "green").symlink_to(colours / "green images")
+    data, _, classes = build_datasets(parsed("--data-path", colours))
+    expected = torchvision.datasets.ImageFolder(str(train)).samples
+    assert [(str(path), target) for path, target in data.images.samples] == expected
+    assert (len(expected), classes) == (12, 3)
+    assert "training split: 12 images in 3 classes" in caplog.text
+    assert "evaluation split: 6 images in 3 classes" in caplog.text
+    for split in ("train", "val"):
+        (colours / split / ".ipynb_checkpoints").mkdir()
+        (colours / split / ".ipynb_checkpoints" / "0.jpg").write_bytes(b"")
+    (train / "blue" / "._0.jpg").write_bytes(b"")
+    # A link to a folder above it does not end in a cycle.
+    (train / "blue" / "again").symlink_to(train)
+    (train / "red" / "up").symlink_to(train / "red")
+    data, _, classes = build_datasets(parsed("--data-path", colours))
+    assert (len(data), classes) == (12, 3)
+
+
+def test_unread_files_and_single_classes_are_said(parsed, colours, caplog):
+    for name in ("a.gif", "b.GIF", "c.txt", "README"):
+        (colours / "val" / "red" / name).write_bytes(b"")
+    build_dataset(False, parsed("--data-path", colours))
+    assert "val: 4 files are of types that are not read (.gif 2, no ending 1, .txt 1)" in caplog.text
+    assert "single class" not in caplog.text
+    for name in ("red", "green"):
+        shutil.rmtree(colours / "val" / name)
+    build_dataset(False, parsed("--data-path", colours))
+    assert "the evaluation split has a single class" in caplog.text
+
+
+def test_broken_tar(parsed, colours, tmp_path):
+    """Cut, empty and without images: a sentence each; cut inside its last image, a bad image."""
+    path = tmp_path / "validation.tar"
+    with tarfile.open(path, "w") as archive:
+        archive.add(colours / "val", ".")
+    whole = path.read_bytes()
+    flags = ("--data-set", "tar/", "--data-path", tmp_path, "--eval", "--resume", "x")
+    for content in (b"", b"no tar", whole[:700], whole[:2000]):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"validation\.tar is damaged"):
+            build_datasets(parsed(*flags))
+    with tarfile.open(path, "w") as archive:
+        archive.addfile(tarfile.TarInfo("a/readme.txt"))
+    with pytest.raises(UserError, match=r"validation\.tar is damaged, or no tar file of one folder of images"):
+        build_datasets(parsed(*flags))
+    path.write_bytes(whole)
+    _, data, _ = build_datasets(parsed(*flags))
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="cannot be read"):
+        [data[i] for i in range(len(data))]
+
+
+def test_damaged_fashion_mnist(parsed, tmp_path):
+    flags = ("--data-set", "FMNIST", "--data-path", tmp_path, "--eval", "--resume", "x")
+    images, labels = tmp_path / "t10k-images-idx3-ubyte.gz", tmp_path / "t10k-labels-idx1-ubyte.gz"
+
+    def refused(words):
+        with pytest.raises(UserError, match=words):
+            build_datasets(parsed(*flags))
+
+    write_idx(images, np.zeros((4, 28, 28), np.uint8))
+    write_idx(labels, np.arange(4, dtype=np.uint8))
+    assert len(build_datasets(parsed(*flags))[1]) == 4
+    good = images.read_bytes()
+    for content in (good[:-9], b"no gzip", b"", good[:30] + b"xx" + good[32:]):
+        images.write_bytes(content)
+        refused("t10k-images-idx3-ubyte.gz (cannot be read|is not an idx file)")
+    images.write_bytes(gzip.compress(bytes([0, 0, 8, 255, 0])))
+    refused("not an idx file")
+    for array in (np.zeros((4, 32, 32), np.uint8), np.zeros((3, 28, 28), np.uint8), np.zeros(4, np.uint8)):
+        write_idx(images, array)
+        refused(r"expected \(n, 28, 28\)")
+    images.write_bytes(good)
+    write_idx(labels, np.array([0, 1, 2, 10], np.uint8))
+    refused("labels .* up to 10, expected")
+    write_idx(images, np.zeros((0, 28, 28), np.uint8))
+    write_idx(labels, np.zeros(0, np.uint8))
+    refused("has no images")
+
+
+def test_sixteen_bits_in_a_stream(parsed, webdataset):
+    """Scaled as in folders, not cut by timm's reader; a mode that is refused is a bad image."""
+    splits = json.loads((webdataset / "_info.json").read_text())["splits"]
+
+    def write(*images):
+        files = []
+        for image in images:
+            image.save(file := io.BytesIO(), "TIFF")
+            files.append(file.getvalue())
+        splits["validation"] = shards(webdataset, "validation", list(enumerate(files)), 1)
+        (webdataset / "_info.json").write_text(json.dumps({"splits": splits}))
+
+    sixteen = Image.fromarray(np.full((40, 40), 100 * 257, np.uint16))
+    write(sixteen, Image.fromarray(np.zeros((40, 40), np.float32)))
+    for policy in ("replace", "stop"):
+        args = parsed(*webdataset_flags(webdataset, "--on-bad-image", policy))
+        test, _ = build_dataset(False, args)
+        _, loader = build_loaders(args, None, test, world_size=1, rank=0)
+        if policy == "replace":
+            ((images, _),) = loader
+            assert numbers(images) == [10]
+            assert test.bad_images() == 1
+        else:
+            with pytest.raises(UserError, match="mode F"):
+                list(loader)

@@ -2,7 +2,11 @@
 
 import logging
 import os
+import select
+import signal
+import sys
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -134,3 +138,90 @@ def test_cache_that_does_not_fit_is_refused(parsed, colours, monkeypatch):
         monkeypatch.setitem(os.environ, "LOCAL_WORLD_SIZE", str(processes))
         with pytest.raises(UserError, match="--cache: the images take more than"):
             build_datasets(parsed("--data-path", colours, "--cache"))
+
+
+# Two columns, dark and bright, of which the mean must come out in 8 bits.
+DARK, BRIGHT = 40, 200
+SIXTEEN = np.tile(np.array([[DARK * 257, BRIGHT * 257]], np.uint16), (4, 2))
+EIGHT = np.tile(np.array([[DARK, BRIGHT]], np.uint8), (4, 2))
+
+
+def palette_image():
+    image = Image.fromarray(EIGHT).quantize(4)
+    image.info["transparency"] = bytes([255, 128, 0, 255])
+    return image
+
+
+def images_of_every_mode(folder):
+    """Files of the same picture in modes that Pillow has, by name."""
+    files = {
+        "16 bit.png": Image.fromarray(SIXTEEN), "16 bit.tif": Image.fromarray(SIXTEEN),
+        "16 bit.pgm": Image.fromarray(SIXTEEN),
+        "big endian.tif": Image.frombytes("I;16B", (4, 4), SIXTEEN.astype(">u2").tobytes()),
+        "grey.png": Image.fromarray(EIGHT), "alpha.png": Image.fromarray(EIGHT).convert("LA"),
+        "rgba.png": Image.merge("RGBA", [Image.fromarray(EIGHT)] * 3 + [Image.new("L", (4, 4), 7)]),
+        "palette.png": palette_image(), "cmyk.tif": Image.fromarray(EIGHT).convert("RGB").convert("CMYK"),
+        "cmyk.jpg": Image.fromarray(np.kron(EIGHT, np.ones((8, 8), np.uint8))).convert("RGB").convert("CMYK"),
+    }  # fmt: skip
+    for name, image in files.items():
+        image.save(folder / name, **({"quality": 100} if name.endswith(".jpg") else {}))
+    return list(files)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.filterwarnings("error")
+def test_every_mode_gives_the_same_eight_bits(tmp_path, mode):
+    """16 bits are scaled, neither cut to white nor to black; transparency is left out."""
+    for name in images_of_every_mode(tmp_path):
+        pixels = np.asarray(decode(tmp_path / name, mode)).reshape(-1, 3 if mode == "RGB" else 1)
+        for value, expected in ((pixels.min(), DARK), (pixels.max(), BRIGHT)):
+            # JPEG rounds its coefficients, and CMYK's inks.
+            assert abs(int(value) - expected) <= (3 if name.startswith("cmyk") else 0), name
+    scaled = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    Image.fromarray(scaled).save(tmp_path / "ramp.png")
+    np.testing.assert_array_equal(np.asarray(decode(tmp_path / "ramp.png", "L")), np.round(scaled / 257))
+
+
+@pytest.mark.parametrize(("kind", "mode"), [(np.float32, "F"), (np.int32, "I")])
+def test_values_of_unknown_range_are_refused_by_their_mode(tmp_path, kind, mode):
+    Image.fromarray(np.linspace(0, 1000, 16).reshape(4, 4).astype(kind)).save(tmp_path / "x.tif")
+    with pytest.raises(BadImageError, match=rf"x\.tif has mode {mode}.*of unknown range: convert it"):
+        decode(tmp_path / "x.tif", "RGB")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_beyond_the_limit(parsed, colours, workers):
+    """40 × 48 pixels: taken at that limit, in workers too, and refused one below it."""
+    for limit, words in ((1920, None), (1919, "more pixels than --max-image-pixels allows")):
+        args = parsed("--data-path", colours, "--max-image-pixels", limit, "--num_workers", workers)
+        train, test, _ = build_datasets(args)
+        _, loader = build_loaders(args, train, test, world_size=1, rank=0)
+        if words is None:
+            assert sum(len(targets) for _, targets in loader) == 6
+        else:
+            with pytest.raises(UserError, match=words):
+                list(loader)
+    images_module.limit_pixels(images_module.MAX_IMAGE_PIXELS)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_workers_die_with_their_parent(parsed, colours):
+    """A parent killed by SIGKILL says nothing to its workers, and these wait for an image that never comes."""
+    for path in (colours / "val" / "blue").iterdir():
+        path.unlink()
+        os.mkfifo(path)
+    args = parsed("--data-path", colours, "--num_workers", 2)
+    _, loader = build_loaders(args, *build_datasets(args)[:2], world_size=1, rank=0)
+    read, write = os.pipe()
+    if (parent := os.fork()) == 0:
+        iterator = iter(loader)
+        os.write(write, b"started")
+        next(iterator)
+    os.close(write)
+    assert os.read(read, 7) == b"started"
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    # The pipe is at its end when the last process that holds it is gone.
+    assert select.select([read], [], [], 60)[0], "workers outlive their parent"
+    assert os.read(read, 1) == b""
+    os.close(read)

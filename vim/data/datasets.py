@@ -2,7 +2,11 @@
 
 import argparse
 import json
-from functools import partial
+import logging
+import os
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +17,12 @@ from torch.utils.data import Dataset
 from torchvision import datasets as tv
 
 from vim.data.fmnist import FashionMNIST
-from vim.data.images import Samples, decode
+from vim.data.images import BadImageError, Samples, decode, limit_pixels
 from vim.data.streams import Stream
 from vim.data.transforms import build_transform
 from vim.errors import UserError
+
+_logger = logging.getLogger("vision_mamba")
 
 DATA_SETS = ("IMNET", "CIFAR", "INAT", "INAT19", "FMNIST")
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
@@ -33,49 +39,17 @@ def _folder(path: Path, what: str) -> Path:
     return path
 
 
-def image_folder(root: Path, mode: str = "RGB") -> tv.ImageFolder:
-    """A folder with one sub-folder of images per class, as PIL images.
+class ImageFiles(Dataset):
+    """PIL images of files, with class numbers.
 
-    Raises:
-        UserError: the folder is missing or empty, or a class has no images (named).
+    Args:
+        samples: path and class number of each image.
+        classes: names of the classes, by number.
+        mode: "RGB" or "L".
     """
-    _folder(root, _TWO_SPLITS)
-    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
-    if not classes:
-        raise UserError(f"{root} is empty: it must hold one folder of images per class")
-    extensions = tv.folder.IMG_EXTENSIONS
-    for name in classes:
-        if not any(p.suffix.lower() in extensions for p in (root / name).rglob("*")):
-            raise UserError(
-                f"class folder {root / name} has no images: add some ({', '.join(extensions)}) or remove the folder"
-            )
-    return tv.ImageFolder(str(root), loader=partial(decode, mode=mode))
 
-
-class INaturalist(Dataset):
-    """iNaturalist 2018 or 2019, labelled at one level of its taxonomy (`{train,val}{year}.json`, `categories.json`)."""
-
-    def __init__(self, root: Path, *, train: bool, year: int, category: str, mode: str) -> None:
-        annotations = root / f"{'train' if train else 'val'}{year}.json"
-        try:
-            targets = {c["id"]: c[category] for c in json.loads((root / "categories.json").read_text())}
-            first = json.loads((root / f"train{year}.json").read_text())
-            content = first if train else json.loads(annotations.read_text())
-            # The class numbers are those of the training split, in order of first appearance.
-            numbers: dict[str, int] = {}
-            for entry in first["annotations"]:
-                numbers.setdefault(targets[entry["category_id"]], len(numbers))
-            files = {image["id"]: image["file_name"] for image in content["images"]}
-            self.samples = [
-                (root / files[e["image_id"]], numbers[targets[e["category_id"]]]) for e in content["annotations"]
-            ]
-        except (OSError, KeyError, json.JSONDecodeError) as error:
-            raise UserError(
-                f"{root} does not hold iNaturalist {year} with labels by {category!r}: it needs categories.json, "
-                f"train{year}.json and val{year}.json ({error})"
-            ) from error
-        self.mode = mode
-        self.classes = list(numbers)
+    def __init__(self, samples: list[tuple[Path, int]], classes: list[str], mode: str) -> None:
+        self.samples, self.classes, self.mode = samples, classes, mode
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -83,6 +57,80 @@ class INaturalist(Dataset):
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         path, target = self.samples[index]
         return decode(path, self.mode), target
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Files below a folder in torchvision's order, behind links too, without names that begin with "."."""
+
+    def walk() -> Iterator[tuple[str, list[str]]]:
+        for directory, folders, files in os.walk(folder, followlinks=True):
+            # A link to a folder above it would be followed for ever.
+            folders[:] = [
+                name for name in folders
+                if not name.startswith(".") and not (
+                    (link := Path(directory, name)).is_symlink()
+                    and Path(directory).resolve().is_relative_to(link.resolve())
+                )
+            ]  # fmt: skip
+            yield directory, files
+
+    for directory, files in sorted(walk()):
+        yield from (Path(directory, name) for name in sorted(files) if not name.startswith("."))
+
+
+def image_folder(root: Path, mode: str = "RGB") -> ImageFiles:
+    """A folder with one sub-folder of images per class, as PIL images; names that begin with "." are passed over.
+
+    Raises:
+        UserError: the folder is missing or empty, or a class has no images (named).
+    """
+    _folder(root, _TWO_SPLITS)
+    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not classes:
+        raise UserError(f"{root} is empty: it must hold one folder of images per class")
+    extensions = tv.folder.IMG_EXTENSIONS
+    samples: list[tuple[Path, int]] = []
+    unread: Counter[str] = Counter()
+    for number, name in enumerate(classes):
+        before = len(samples)
+        for path in _files_below(root / name):
+            if path.suffix.lower() in extensions:
+                samples.append((path, number))
+            else:
+                unread[path.suffix.lower() or "no ending"] += 1
+        if len(samples) == before:
+            raise UserError(
+                f"class folder {root / name} has no images: add some ({', '.join(extensions)}) or remove the folder"
+            )
+    if unread:
+        kinds = ", ".join(f"{ending} {count}" for ending, count in unread.most_common(5))
+        _logger.warning("%s: %d files are of types that are not read (%s)", root, unread.total(), kinds)
+    return ImageFiles(samples, classes, mode)
+
+
+def inaturalist(root: Path, *, train: bool, year: int, category: str, mode: str) -> ImageFiles:
+    """iNaturalist 2018 or 2019, labelled at one level of its taxonomy (`{train,val}{year}.json`, `categories.json`).
+
+    Raises:
+        UserError: a file is missing, or has another form.
+    """
+    annotations = root / f"{'train' if train else 'val'}{year}.json"
+    try:
+        targets = {c["id"]: c[category] for c in json.loads((root / "categories.json").read_text())}
+        first = json.loads((root / f"train{year}.json").read_text())
+        content = first if train else json.loads(annotations.read_text())
+        # The class numbers are those of the training split, in order of first appearance.
+        numbers: dict[str, int] = {}
+        for entry in first["annotations"]:
+            numbers.setdefault(targets[entry["category_id"]], len(numbers))
+        files = {image["id"]: image["file_name"] for image in content["images"]}
+        samples = [(root / files[e["image_id"]], numbers[targets[e["category_id"]]]) for e in content["annotations"]]
+    except (OSError, KeyError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{root} does not hold iNaturalist {year} with labels by {category!r}: it needs categories.json, "
+            f"train{year}.json and val{year}.json ({error})"
+        ) from error
+    return ImageFiles(samples, list(numbers), mode)
 
 
 class _Grey(Dataset):
@@ -112,8 +160,12 @@ class ReaderImages(Dataset):
         return len(self.reader)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        source, target = self.reader[index]
-        return decode(source, self.mode, str(self.reader.filename(index))), int(target)
+        name = str(self.reader.filename(index))
+        try:
+            source, target = self.reader[index]
+        except (OSError, EOFError, tarfile.TarError) as error:
+            raise BadImageError(f"{name} cannot be read ({type(error).__name__})") from error
+        return decode(source, self.mode, name), int(target)
 
 
 def _from_timm(name: str, root: Path, is_train: bool, args: argparse.Namespace, mode: str) -> Any:
@@ -128,12 +180,18 @@ def _from_timm(name: str, root: Path, is_train: bool, args: argparse.Namespace, 
         path = root if root.suffix == ".tar" else root / f"{split}.tar"
         if not path.is_file():
             raise UserError(f"{path} is missing: --data-set tar/ reads {split}.tar, see --train-split and --eval-split")
-        # An open file would be shared between workers, and with it the place it is read at.
-        return ReaderImages(ReaderImageInTar(str(path), cache_tarfiles=False), mode)
+        try:
+            # An open file would be shared between workers, and with it the place it is read at.
+            return ReaderImages(ReaderImageInTar(str(path), cache_tarfiles=False), mode)
+        except (OSError, EOFError, ValueError, tarfile.TarError) as error:
+            raise UserError(
+                f"{path} is damaged, or no tar file of one folder of images per class: copy it again ({error})"
+            ) from error
     try:
         data = timm.data.create_dataset(
             name, root=str(root), split=split, is_training=is_train, batch_size=args.batch_size, seed=args.seed,
-            input_img_mode=mode,
+            # Pillow's images are converted by `eight_bits`; TFDS decodes by itself.
+            input_img_mode=mode if prefix == "tfds/" else "",
         )  # fmt: skip
     except ImportError as error:
         raise UserError(f"--data-set {name} needs {_NEEDS[prefix]}: pip install {_NEEDS[prefix]}") from error
@@ -177,7 +235,7 @@ def _images(is_train: bool, args: argparse.Namespace) -> tuple[Any, int]:
         return (data if mode == "RGB" else _Grey(data, mode)), 100
     if name in ("INAT", "INAT19"):
         year = 2018 if name == "INAT" else 2019
-        data = INaturalist(root, train=is_train, year=year, category=args.inat_category, mode=mode)
+        data = inaturalist(root, train=is_train, year=year, category=args.inat_category, mode=mode)
         return data, len(data.classes)
     data = _from_timm(name, root, is_train, args, mode)
     return data, len(getattr(data, "classes", ()))
@@ -189,16 +247,26 @@ def build_dataset(is_train: bool, args: argparse.Namespace) -> tuple[Samples | S
     Raises:
         UserError: unknown data set, missing data, or data that does not have the expected form.
     """
+    limit_pixels(args.max_image_pixels)
     transform = build_transform(is_train, args)
     images, num_classes = _images(is_train, args)
     num_classes = num_classes or args.num_classes
     if not num_classes:
         raise UserError(f"--data-set {args.data_set} does not say how many classes it has: pass --num-classes")
+    split = "training" if is_train else "evaluation"
     if args.data_set.startswith(_STREAMS):
         if args.cache:
             raise UserError(f"--cache keeps an indexed set in memory, and {args.data_set} is a stream: leave it out")
-        return Stream(images, transform, is_train=is_train, args=args), num_classes
-    return Samples(images, transform, is_train=is_train, args=args), num_classes
+        mode = "L" if args.in_chans == 1 else "RGB"
+        data: Samples | Stream = Stream(images, transform, is_train=is_train, args=args, mode=mode)
+    elif len(images) == 0:
+        raise UserError(f"the {split} split of --data-set {args.data_set} has no images: look at --data-path")
+    else:
+        data = Samples(images, transform, is_train=is_train, args=args)
+    _logger.info("%s split: %d images in %d classes", split, len(images), num_classes)
+    if num_classes == 1:
+        _logger.warning("the %s split has a single class: there is nothing to tell apart", split)
+    return data, num_classes
 
 
 def build_datasets(args: argparse.Namespace) -> tuple[Samples | Stream | None, Samples | Stream, int]:

@@ -1,6 +1,7 @@
 """Fashion-MNIST (arXiv 1708.07747, MIT licence): the embedded subset, or the full set from a folder of idx files."""
 
 import gzip
+import zlib
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -20,10 +21,13 @@ _PREFIX = {"train": "train", "test": "t10k"}
 
 def _read_idx(path: Path) -> np.ndarray:
     opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rb") as file:
-        data = file.read()
+    try:
+        with opener(path, "rb") as file:
+            data = file.read()
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read, it may be truncated: copy it again ({error})") from error
     # An idx file: two zero bytes, the type (8: unsigned byte), the number of dimensions, each as big-endian uint32.
-    if len(data) < 4 or data[:3] != b"\x00\x00\x08":
+    if len(data) < 4 or len(data) < 4 + 4 * data[3] or data[:3] != b"\x00\x00\x08":
         raise UserError(f"{path} is not an idx file of bytes: get the file of the original data set again")
     shape = np.frombuffer(data, ">u4", count=data[3], offset=4)
     values = np.frombuffer(data, np.uint8, offset=4 + 4 * data[3])
@@ -45,7 +49,13 @@ def read_idx_split(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
         if path is None:
             raise UserError(f"{stem}(.gz) is missing: --data-path must hold Fashion-MNIST's four idx files")
         arrays.append(_read_idx(path))
-    return arrays[0], arrays[1]
+    images, labels = arrays
+    if images.shape != (len(labels), 28, 28) or labels.shape != (len(images),) or (labels >= len(CLASSES)).any():
+        raise UserError(
+            f"the {_PREFIX[split]} files of {folder} hold images {images.shape} and labels {labels.shape} up to "
+            f"{labels.max(initial=0)}, expected (n, 28, 28) and (n,) up to {len(CLASSES) - 1}: get the original files"
+        )
+    return images, labels
 
 
 class FashionMNIST(Dataset):

@@ -3,7 +3,10 @@
 import argparse
 import logging
 import os
+import struct
+import tarfile
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +23,8 @@ from vim.errors import UserError
 _logger = logging.getLogger("vision_mamba.data")
 
 BAD_IMAGE = ("stop", "replace")
+# Pillow's own bound of what may be a decompression bomb.
+MAX_IMAGE_PIXELS = 178_956_970
 # So many bad images in a row are no accident.
 _MOST_IN_A_ROW = 100
 # Target of an image that evaluation leaves out.
@@ -30,18 +35,53 @@ class BadImageError(UserError):
     """An image that cannot be read."""
 
 
+def limit_pixels(most: int) -> None:
+    """Let Pillow refuse images of more pixels than this, in this process."""
+    # Pillow warns of more pixels than its limit and refuses twice as many.
+    Image.MAX_IMAGE_PIXELS = most / 2
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
+
 def decode(source: str | Path | IO[bytes], mode: str, name: str = "") -> Image.Image:
     """An image of this mode ("RGB" or "L") from a path or an open file, read to its end.
 
     Raises:
-        BadImageError: it cannot be read as an image; the message holds its name.
+        BadImageError: it cannot be read as an image of 8 bits; the message holds its name.
     """
+    name = name or str(source)
     try:
         with Image.open(source) as image:
-            return image.convert(mode)
-    # Pillow raises these of damaged files, beside OSError, the parent of UnidentifiedImageError.
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BadImageError(f"{name or source} cannot be read as an image ({type(error).__name__})") from error
+            return eight_bits(image, mode, name)
+    except Image.DecompressionBombError as error:
+        raise BadImageError(f"{name} has more pixels than --max-image-pixels allows") from error
+    # What Pillow raises of damaged files, beside OSError, the parent of UnidentifiedImageError; and cut archives.
+    except (
+        UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, struct.error, MemoryError, tarfile.TarError
+    ) as error:  # fmt: skip
+        raise BadImageError(f"{name} cannot be read as an image ({type(error).__name__})") from error
+
+
+def eight_bits(image: Image.Image, mode: str, name: str) -> Image.Image:
+    """An image in mode "RGB" or "L": 16 bits scaled to 8, transparency left out, palettes looked up.
+
+    Raises:
+        BadImageError: the range of its values is unknown, as that of floating-point numbers is.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        # Pillow itself would cut values at 255, or drop the lower byte without rounding.
+        pixels = np.asarray(image).astype(np.uint32)
+        image = Image.fromarray(((pixels * 255 + 32767) // 65535).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        kind = "32-bit whole" if image.mode == "I" else "floating-point"
+        raise BadImageError(
+            f"{name} has mode {image.mode}, {kind} numbers of unknown range: convert it to 8 or 16 bits per channel"
+        )
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    try:
+        return image.convert(mode)
+    except ValueError as error:
+        raise BadImageError(f"{name} has mode {image.mode}, which cannot be converted to {mode}") from error
 
 
 class Samples(Dataset):
@@ -68,6 +108,7 @@ class Samples(Dataset):
             self.classes = list(images.classes)
         # Shared, so that workers mark for one another, and for the main process to count.
         self._bad = torch.zeros(len(images), dtype=torch.uint8).share_memory_()
+        self._numbers: list[int] | None = None
         self._cache: list[np.ndarray | None] | None = None
         self._targets: list[int] = []
         if args.cache:
@@ -86,8 +127,12 @@ class Samples(Dataset):
                 if not self.is_train:
                     return torch.zeros(self._shape, dtype=torch.float32, device="cpu"), LEFT_OUT
                 continue
-            return self.transform(image), target
+            return self.transform(image), target if self._numbers is None else self._numbers[target]
         raise UserError(f"{_MOST_IN_A_ROW} images in a row cannot be read: look at the lines of the log that name them")
+
+    def relabel(self, numbers: list[int], classes: list[str]) -> None:
+        """Give each class of the set another number, of those of `classes`."""
+        self._numbers, self.classes = numbers, classes
 
     def bad_images(self) -> torch.Tensor:
         """Which images proved bad so far in this process and its workers: (n,) uint8, 1 or 0."""

@@ -5,18 +5,23 @@ out (epoch, position, index), and the random numbers of a sample's augmentation 
 """
 
 import argparse
+import ctypes
 import itertools
 import logging
 import math
+import multiprocessing
 import os
+import signal
+import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
-from vim.data.images import Samples
+from vim.data.images import Samples, limit_pixels
 from vim.data.seeding import seed_sample
 from vim.data.streams import Stream, StreamLoader
 from vim.errors import UserError
@@ -80,7 +85,18 @@ def _loader_options(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "num_workers": min(args.num_workers, _cores()),
         "pin_memory": args.pin_mem and torch.cuda.is_available(),
+        "worker_init_fn": partial(_start_worker, args.max_image_pixels),
     }
+
+
+def _start_worker(max_image_pixels: int, worker: int) -> None:
+    """Bound images in a worker as in its parent, and let the worker die with the parent, even by SIGKILL."""
+    limit_pixels(max_image_pixels)
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1  # of linux/prctl.h
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        if os.getppid() != multiprocessing.parent_process().pid:
+            os._exit(1)
 
 
 class TrainLoader:

@@ -18,6 +18,7 @@ from timm.data import IterableImageDataset
 from timm.data.readers import reader_wds
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from vim.data.images import BadImageError, eight_bits
 from vim.data.seeding import seed_of, seed_sample
 from vim.errors import UserError
 
@@ -32,12 +33,14 @@ class Stream(IterableDataset):
         transform: PIL image → tensor.
         is_train: shuffled and endless, cut to whole batches; else every sample once over all ranks.
         args: parsed flags.
+        mode: of the images, "RGB" or "L".
     """
 
     def __init__(
         self, source: IterableImageDataset, transform: Callable[[Image.Image], torch.Tensor], *, is_train: bool,
-        args: argparse.Namespace,
+        args: argparse.Namespace, mode: str,
     ) -> None:  # fmt: skip
+        self.mode = mode
         self.source, self.transform, self.is_train = source, transform, is_train
         self.seed, self.policy = args.seed, args.on_bad_image
         self.epoch, self.rank, self.world_size = 0, 0, 1
@@ -78,6 +81,11 @@ class Stream(IterableDataset):
             samples = itertools.islice(samples, self.rank, None, self.world_size)
         for k, (image, target) in enumerate(samples):
             seed_sample(self.seed, self.epoch, self.rank, worker.id, k)
+            try:
+                image = eight_bits(image, self.mode, f"image {k} of worker {worker.id}")
+            except BadImageError as error:
+                self._on_error(error)
+                continue
             yield self.transform(image), int(target)
 
     def _on_error(self, error: Exception) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import yaml
 from timm.utils import ParseKwargs
 
-from vim.data import BAD_IMAGE, DATA_SETS, FACTORY_PREFIXES, INAT_CATEGORIES
+from vim.data import BAD_IMAGE, DATA_SETS, FACTORY_PREFIXES, INAT_CATEGORIES, MAX_IMAGE_PIXELS
 from vim.engine.checkpoints import parse_interval
 from vim.engine.trackers import TRACKERS, check_trackers
 from vim.errors import UserError
@@ -91,6 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--inat-category", default="name", choices=INAT_CATEGORIES, help="level of iNaturalist's labels")
     flag("--num-classes", type=int, default=0, help="classes, for data sets that do not say")
     flag("--on-bad-image", default="stop", choices=BAD_IMAGE, help="what an image does that cannot be read")
+    flag("--max-image-pixels", type=int, default=MAX_IMAGE_PIXELS, help="images of more pixels count as unreadable")
     switch("cache", "--cache", None, False, "keep the decoded images in memory, for sets that fit")
     flag("--input-size", type=int, default=224, help="side of the image in pixels")
     flag("--in-chans", type=int, default=3, choices=(1, 3), help="1 for grey images, 3 for colour")
@@ -269,7 +270,8 @@ def parse_args(argv: list[str] | None = None, defaults: dict[str, Any] | None = 
     parse_interval(args.checkpoint_interval)
     check_trackers(args)
     positive = {"batch_size": 1, "epochs": 0, "input_size": 1, "num_workers": 0, "warmup_epochs": 0, "recount": 1,
-                "grad_accum_steps": 1, "start_epoch": 0, "keep_every_epochs": 0}  # fmt: skip
+                "grad_accum_steps": 1, "start_epoch": 0, "keep_every_epochs": 0,
+                "max_image_pixels": 1}  # fmt: skip
     for name, least in positive.items():
         if getattr(args, name) < least:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least {least}")
