@@ -134,7 +134,7 @@ def check_scan(bench, modules, shape, dtypes, reverse: bool) -> None:
         judge(bench, what + " gradient", again(), wanted, LIMITS[dtype])
         same(bench, what + " gradient", again)
         same(bench, what, lambda m=module, t=narrow: m.forward(*t, **flags)[:2])
-        added, _, _ = module.forward(*narrow, **flags, accumulate_into=out.clone())
+        added, _, _ = module.forward(*narrow, **flags, out=out.clone(), accumulate=True)
         judge(bench, what + " accumulated", [added], [2 * out.double()], LIMITS[dtype])
 
 

@@ -5,8 +5,8 @@ import contextlib
 import pytest
 import torch
 from causal_conv1d_vim import causal_conv1d, causal_conv1d_fn, causal_conv1d_update
-from causal_conv1d_vim.backend import use_backend
 from causal_conv1d_vim.causal_conv1d_varlen import causal_conv1d_varlen_states
+from causal_conv1d_vim.runtime.backend import use_backend
 from mamba_ssm_vim import Mamba, add_norm, selective_scan, selective_scan_fn, selective_state_update
 from mamba_ssm_vim.ops.mixer import Direction, mixer
 from mamba_ssm_vim.ops.triton.layer_norm import rms_norm_fn

@@ -9,6 +9,7 @@ import struct
 import torch
 
 import causal_conv1d_vim
+from causal_conv1d_vim.conv.reference import ConvGradients
 from causal_conv1d_vim.runtime import cpu_library
 from causal_conv1d_vim.runtime.cpu_library import DTYPES, plain, pointer, rows
 
@@ -134,17 +135,18 @@ def backward(
     *,
     silu: bool,
     reverse: bool,
-    dx: torch.Tensor | None = None,
+    out: ConvGradients = ConvGradients(),
     accumulate: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """(dx, dweight, dbias, dinitial_state), each in its input's dtype, None where the input is None.
+) -> ConvGradients:
+    """The gradients by name, each in its input's dtype.
 
     Args:
-        dx: where to write x's gradient (B, L, E), channel stride 1; allocated if None.
-        accumulate: add to `dx` instead of overwriting it.
+        out: only `x` may be given: (B, L, E), channel stride 1.
+        accumulate: add to `out.x` instead of overwriting it.
     """
     batch, seqlen, dim = x.shape
     width = weight.shape[1]
+    dx = out.x
     along_tokens = dx is None and _along_tokens(x)
     if along_tokens:
         kernel, step = _rows_backward, 2
@@ -169,7 +171,7 @@ def backward(
             pointer(dinitial), dweight.data_ptr(), pointer(dbias),
         )
     )  # fmt: skip
-    return (
+    return ConvGradients(
         dx,
         dweight.to(weight.dtype),
         None if bias is None else dbias.to(bias.dtype),

@@ -5,6 +5,7 @@ import ctypes
 import torch
 
 import causal_conv1d_vim
+from causal_conv1d_vim.conv.reference import ConvGradients
 from causal_conv1d_vim.runtime.cuda_library import DATA_TYPES, CudaLibrary, address, int32, int64, pointer
 
 library = CudaLibrary(
@@ -110,11 +111,16 @@ def backward(
     *,
     silu: bool,
     reverse: bool,
-    dx_into: torch.Tensor | None = None,
+    out: ConvGradients = ConvGradients(),
     accumulate: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of (x, weight, bias, initial_state); that of x goes to `dx_into`, added if `accumulate`."""
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if dx_into is None else dx_into
+) -> ConvGradients:
+    """The gradients by name, each in its input's dtype.
+
+    Args:
+        out: only `x` may be given: (B, L, E), channel stride 1.
+        accumulate: add to `out.x` instead of overwriting it.
+    """
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out.x is None else out.x
     dweight = torch.zeros(weight.shape, dtype=torch.float32, device=x.device)
     dbias = None if bias is None else torch.zeros(bias.shape, dtype=torch.float32, device=x.device)
     dinitial = None if initial_state is None else torch.zeros(initial_state.shape, dtype=x.dtype, device=x.device)
@@ -127,7 +133,7 @@ def backward(
         )  # fmt: skip
         args.accumulate_dx = accumulate
         library.launch("vim_conv_backward", args, x)
-    return (
+    return ConvGradients(
         dx,
         dweight.to(weight.dtype),
         None if dbias is None else dbias.to(bias.dtype),

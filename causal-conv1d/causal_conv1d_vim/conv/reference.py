@@ -1,9 +1,23 @@
 """Causal depthwise convolution in plain PyTorch: the specification that every backend is tested against."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
 from causal_conv1d_vim.runtime.autodiff import gradients
+
+
+class ConvGradients(NamedTuple):
+    """The gradient of each input by its name, None where the input is None.
+
+    As the argument `out` of a backend's `backward` it says where to write: None stands for a new tensor.
+    """
+
+    x: torch.Tensor | None = None
+    weight: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    initial_state: torch.Tensor | None = None
 
 
 def why_not(x: torch.Tensor, weight: torch.Tensor | None = None) -> str | None:
@@ -76,10 +90,11 @@ def backward(
     *,
     silu: bool,
     reverse: bool,
-) -> tuple[torch.Tensor | None, ...]:
-    """Gradients (dx, dweight, dbias, dinitial_state) by differentiating the reference."""
-    return gradients(
+) -> ConvGradients:
+    """The gradients by differentiating the reference."""
+    found = gradients(
         lambda *tensors: causal_conv1d_ref(*tensors, silu=silu, reverse=reverse),
         (x, weight, bias, initial_state),
         (dout,),
     )
+    return ConvGradients(*found)

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from causal_conv1d_vim.conv.reference import ConvGradients
 from causal_conv1d_vim.runtime import triton as triton_runtime
 from causal_conv1d_vim.runtime.triton import guard, interpreting, rows
 
@@ -67,17 +68,18 @@ def backward(
     *,
     silu: bool,
     reverse: bool,
-    dx_into: torch.Tensor | None = None,
+    out: ConvGradients = ConvGradients(),
     accumulate: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of (x, weight, bias, initial_state).
+) -> ConvGradients:
+    """The gradients by name, each in its input's dtype.
 
-    dx goes to `dx_into` (B, L, E), a new tensor if None, and is added onto what is there if `accumulate`.
+    Args:
+        out: only `x` may be given: (B, L, E), channel stride 1.
+        accumulate: add to `out.x` instead of overwriting it.
     """
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if dx_into is None else dx_into
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out.x is None else out.x
     if x.numel() == 0:
-        zeros = [None if t is None else torch.zeros_like(t) for t in (weight, bias, initial_state)]
-        return dx, *zeros
+        return ConvGradients(dx, *(None if t is None else torch.zeros_like(t) for t in (weight, bias, initial_state)))
     from causal_conv1d_vim.conv import triton_kernels as kernels
 
     grid, meta = _launch(x, weight)
@@ -92,7 +94,7 @@ def backward(
             *dout.stride()[:2], *x.stride()[:2], *dx.stride()[:2], *x.shape[1:],
             HAS_BIAS=bias is not None, HAS_STATE=state is not None, SILU=silu, REVERSE=reverse, ADD=accumulate, **meta,
         )  # fmt: skip
-    return (
+    return ConvGradients(
         dx,
         dweight.sum(0).t().to(weight.dtype),
         None if bias is None else dbias.sum(0).to(bias.dtype),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from causal_conv1d_vim.conv import cuda, reference
+from causal_conv1d_vim.conv.reference import ConvGradients
 from cuda_testing import CONV_SOURCES, emulate, spills
 
 
@@ -61,7 +62,7 @@ def test_gradient_is_added_where_asked(emulated):
     x, weight, onto = torch.randn(1, 70, 6), torch.randn(6, 4), torch.randn(1, 70, 6)
     flags = {"silu": True, "reverse": True}
     alone = emulated.backward(x, x, weight, None, None, **flags)[0]
-    added = emulated.backward(x, x, weight, None, None, **flags, dx_into=onto.clone(), accumulate=True)[0]
+    added = emulated.backward(x, x, weight, None, None, **flags, out=ConvGradients(x=onto.clone()), accumulate=True).x
     close(added, onto + alone, x.dtype)
 
 

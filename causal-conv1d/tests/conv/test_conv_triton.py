@@ -6,6 +6,7 @@ import pytest
 import torch
 from causal_conv1d_vim.conv import reference
 from causal_conv1d_vim.conv import triton as backend
+from causal_conv1d_vim.conv.reference import ConvGradients
 from causal_conv1d_vim.runtime import triton as triton_runtime
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -71,7 +72,7 @@ def test_gradient_is_added_where_asked():
     x, weight, onto = randn(1, 6, 4), randn(4, 4), randn(1, 6, 4)
     flags = {"silu": True, "reverse": True}
     alone = backend.backward(x, x, weight, None, None, **flags)[0]
-    added = backend.backward(x, x, weight, None, None, **flags, dx_into=onto.clone(), accumulate=True)[0]
+    added = backend.backward(x, x, weight, None, None, **flags, out=ConvGradients(x=onto.clone()), accumulate=True).x
     torch.testing.assert_close(added, onto + alone, rtol=1e-6, atol=1e-6)
 
 

@@ -89,7 +89,7 @@ def launch_all(width: int, dtype: torch.dtype, *, quick: bool = False) -> None:
             conv.backward(dout, x, weight, D, None, silu=True, reverse=reverse)
             flags = {"delta_softplus": True, "reverse": reverse}
             out, _, saved = scan.forward(u, delta, A, B, C, D, z, bias, None, **flags, save=True)
-            scan.forward(u, delta, A, B, C, D, z, bias, None, **flags, accumulate_into=out)
+            scan.forward(u, delta, A, B, C, D, z, bias, None, **flags, out=out, accumulate=True)
             scan.backward(dout, None, u, delta, A, B, C, D, z, bias, None, saved, **flags)
     row, states = torch.empty(2, inner, dtype=dtype), torch.empty(2, STATES, dtype=dtype)
     state_update.forward(torch.empty(2, inner, STATES), row, row, A, states, states, D, row, bias, True)

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from causal_conv1d_vim.conv import cpu as conv
+from causal_conv1d_vim.conv.reference import ConvGradients
 from causal_conv1d_vim.runtime import cpu_library
 
 from mamba_ssm_vim.ops.selective_scan import cpu as scan
+from mamba_ssm_vim.ops.selective_scan.reference import ScanGradients
 
 if TYPE_CHECKING:
     from mamba_ssm_vim.ops.mixer.op import Direction
@@ -62,7 +64,7 @@ def forward(
         for A, reverse, _ in _scans(p):
             out, _, states = scan.forward(
                 u, low_rank, A, B, C, p.D, z, p.dt_bias, None, delta_softplus=True, reverse=reverse,
-                out_scale=scale, accumulate_into=out, save=save, dt_weight=p.dt_proj_weight,
+                out_scale=scale, out=out, accumulate=out is not None, save=save, dt_weight=p.dt_proj_weight,
             )  # fmt: skip
             saved += states
     return out, saved
@@ -80,32 +82,31 @@ def backward(
     for index, p in enumerate(directions):
         rank, states = p.dt_proj_weight.shape[1], p.A.shape[1]
         conv.forward(x, p.conv_weight, p.conv_bias, None, silu=True, reverse=p.reverse, out=u)
-        low_rank, B, C = _split(next(rest), rank, states)
+        x_dbl = next(rest)
+        low_rank, B, C = _split(x_dbl, rank, states)
         grads: dict[str, torch.Tensor | None] = {}
-        du_total = du
-        dx_dbl = None
+        dx_dbl = torch.empty(x_dbl.shape, dtype=torch.float32)
         for number, (A, reverse, name) in enumerate(_scans(p)):
-            to_u = du if number == 0 else torch.empty_like(du)
-            found = scan.backward_into(
-                dout, None, u, low_rank, A, B, C, p.D, z, p.dt_bias, None, next(rest), to_u, None, dz,
-                delta_softplus=True, reverse=reverse, out_scale=scale, dt_weight=p.dt_proj_weight,
-                accumulate_dz=index + number > 0,
+            first = number == 0
+            part = dx_dbl if first else torch.empty_like(dx_dbl)
+            dlow_rank, dB, dC = _split(part, rank, states)
+            out = ScanGradients(u=du if first else torch.empty_like(du), delta=dlow_rank, B=dB, C=dC, z=dz)
+            scanned, ddt_weight = scan.backward_projected(
+                dout, u, low_rank, A, B, C, p.D, z, p.dt_bias, p.dt_proj_weight, [next(rest)], delta_softplus=True,
+                reverse=reverse, out_scale=scale, out=out, accumulate=index + number > 0,
             )  # fmt: skip
-            found = {"dt_proj_weight": found["ddt_weight"], "dt_bias": found["dbias"], "D": found["dD"]} | {
-                name: found["dA"],
-                "x_dbl": found["dx"].squeeze(2),
-            }
-            if number == 0:
-                grads = found
-            else:  # shared parameters: the two scans' gradients add up
-                du_total.add_(to_u)
-                grads |= {k: v if grads.get(k) is None else grads[k].add_(v) for k, v in found.items() if v is not None}
-        dx_dbl = grads.pop("x_dbl").reshape(-1, rank + 2 * states)
-        du_rows, u_rows = du_total.view(-1, du.shape[-1]), u.view(-1, u.shape[-1])
-        grads["x_proj_weight"] = dx_dbl.t() @ u_rows
-        du_rows.addmm_(dx_dbl, p.x_proj_weight.to(torch.float32))
-        _, grads["conv_weight"], grads["conv_bias"], _ = conv.backward(
-            du_total, x, p.conv_weight, p.conv_bias, None, silu=True, reverse=p.reverse, dx=dx, accumulate=index > 0
-        )
-        all_grads.append(grads)
+            found = {"dt_proj_weight": ddt_weight, "dt_bias": scanned.delta_bias, "D": scanned.D}
+            if not first:  # shared parameters: the two scans' gradients add up
+                du.add_(out.u)
+                dx_dbl.add_(part)
+                found = {k: None if v is None else grads[k].add_(v) for k, v in found.items()}
+            grads |= {**found, name: scanned.A}
+        dx_rows, du_rows = dx_dbl.view(-1, rank + 2 * states), du.view(-1, du.shape[-1])
+        grads["x_proj_weight"] = dx_rows.t() @ u.view(-1, u.shape[-1])
+        du_rows.addmm_(dx_rows, p.x_proj_weight.to(torch.float32))
+        convolved = conv.backward(
+            du, x, p.conv_weight, p.conv_bias, None, silu=True, reverse=p.reverse, out=ConvGradients(x=dx),
+            accumulate=index > 0,
+        )  # fmt: skip
+        all_grads.append({**grads, "conv_weight": convolved.weight, "conv_bias": convolved.bias})
     return dxz, all_grads

@@ -11,10 +11,12 @@ import math
 
 import torch
 from causal_conv1d_vim.conv import cuda as conv
+from causal_conv1d_vim.conv.reference import ConvGradients
 from causal_conv1d_vim.runtime.backend import forced_backend
 from causal_conv1d_vim.runtime.cuda_library import DATA_TYPES, address, int32, int64, pointer
 
 from mamba_ssm_vim.ops.selective_scan import cuda as scan
+from mamba_ssm_vim.ops.selective_scan.reference import ScanGradients
 
 
 class MixerWeightsArgs(ctypes.Structure):
@@ -81,10 +83,11 @@ def _convolution_gradients(du_SBLE: torch.Tensor, x: torch.Tensor, ways: list, d
         )
     else:
         (way,) = ways
-        _, weight, bias, _ = conv.backward(
-            du_SBLE[0], x, way.conv_weight, way.conv_bias, None, silu=True, reverse=way.reverse, dx_into=dx
-        )
-        weights, biases = [weight], [bias]
+        found = conv.backward(
+            du_SBLE[0], x, way.conv_weight, way.conv_bias, None, silu=True, reverse=way.reverse,
+            out=ConvGradients(x=dx),
+        )  # fmt: skip
+        weights, biases = [found.weight], [found.bias]
     return [{"conv_weight": w, "conv_bias": b} for w, b in zip(weights, biases, strict=True)]
 
 
@@ -166,12 +169,13 @@ def backward(
     grads = []
     for index, way in enumerate(ways):
         B, C = _states_in_out(low_SBLK[index], dstate)
-        _, _, dA, _, _, dD, _, dbias, _ = scan.backward(
+        dB, dC = _states_in_out(dlow_SBLK[index], dstate)
+        found = scan.backward(
             dout, None, u_SBLE[index], delta_SBLE[index], way.A, B, C, way.D, z, way.dt_bias, None, [boundaries[index]],
-            delta_softplus=True, reverse=way.reverse, out_scale=scale, dz_into=dz, accumulate_dz=index > 0,
-            dbc_into=_states_in_out(dlow_SBLK[index], dstate), du_ddelta_into=(du_SBLE[index], ddelta_SBLE[index]),
+            delta_softplus=True, reverse=way.reverse, out_scale=scale,
+            out=ScanGradients(u=du_SBLE[index], delta=ddelta_SBLE[index], B=dB, C=dC, z=dz), accumulate=index > 0,
         )  # fmt: skip
-        grads.append({"dt_bias": dbias, "A": dA, "D": dD})
+        grads.append({"dt_bias": found.delta_bias, "A": found.A, "D": found.D})
     du_SME, ddelta_SME, dlow_SMK, u_SME = (t.flatten(1, 2) for t in (du_SBLE, ddelta_SBLE, dlow_SBLK, u_SBLE))
     dlow_SMK[..., :wide] = torch.bmm(ddelta_SME, dt_weights)
     # One by one: a batched product does not split the long sum over tokens among the multiprocessors.

@@ -7,8 +7,10 @@ states at the chunk boundaries of a long sequence); the convolved input and the 
 import torch
 import torch.nn.functional as F
 from causal_conv1d_vim.conv import triton as conv
+from causal_conv1d_vim.conv.reference import ConvGradients
 
 from mamba_ssm_vim.ops.selective_scan import triton as scan
+from mamba_ssm_vim.ops.selective_scan.reference import ScanGradients
 
 
 def why_not(xz: torch.Tensor, directions: list) -> str | None:
@@ -52,7 +54,7 @@ def forward(xz: torch.Tensor, directions: list, *, scale: float, save: bool) -> 
         for _, A, reverse in _passes(direction):
             out, _, states = scan.forward(
                 u, delta, A, B, C, direction.D, z, direction.dt_bias, None,
-                delta_softplus=True, reverse=reverse, out_scale=scale, accumulate_into=out, save=save,
+                delta_softplus=True, reverse=reverse, out_scale=scale, out=out, accumulate=out is not None, save=save,
             )  # fmt: skip
             kept += states
     return out, kept if save else []
@@ -78,12 +80,13 @@ def backward(
         named: dict[str, torch.Tensor | None] = {}
         for name, A, reverse in _passes(direction):
             states, saved = saved[:with_states], saved[with_states:]
-            du, ddelta, named[name], dB, dC, dD, _, dbias, _ = scan.backward(
+            found = scan.backward(
                 dout, None, u, delta, A, B, C, direction.D, z, direction.dt_bias, None, states,
-                delta_softplus=True, reverse=reverse, out_scale=scale, dz_into=dz, accumulate_dz=touched,
+                delta_softplus=True, reverse=reverse, out_scale=scale, out=ScanGradients(z=dz), accumulate=touched,
             )  # fmt: skip
             touched = True
-            parts = (du, ddelta, dB, dC, dD, dbias)
+            named[name] = found.A
+            parts = (found.u, found.delta, found.B, found.C, found.D, found.delta_bias)
             total = parts if total is None else tuple(a + b for a, b in zip(total, parts, strict=True))
         du, ddelta, dB, dC, named["D"], named["dt_bias"] = total
         dt_weight, x_weight = direction.dt_proj_weight.to(xz.dtype), direction.x_proj_weight.to(xz.dtype)
@@ -93,9 +96,10 @@ def backward(
         named["dt_proj_weight"] = ddelta2.t() @ low2[:, :rank]
         named["x_proj_weight"] = dlow2.t() @ u2
         du = torch.addmm(du.flatten(0, 1), dlow2, x_weight).view(u.shape)
-        _, named["conv_weight"], named["conv_bias"], _ = conv.backward(
+        convolved = conv.backward(
             du, x, direction.conv_weight, direction.conv_bias, None,
-            silu=True, reverse=direction.reverse, dx_into=dx, accumulate=index > 0,
+            silu=True, reverse=direction.reverse, out=ConvGradients(x=dx), accumulate=index > 0,
         )  # fmt: skip
+        named["conv_weight"], named["conv_bias"] = convolved.weight, convolved.bias
         grads.append(named)
     return dxz, grads

@@ -7,6 +7,7 @@ from causal_conv1d_vim.runtime import cpu_library
 from causal_conv1d_vim.runtime.cpu_library import DTYPES, plain, pointer
 
 from mamba_ssm_vim.cpu_library import library
+from mamba_ssm_vim.ops.norm.reference import NormGradients
 
 _forward = library.function("vim_norm_forward")
 _backward = library.function("vim_norm_backward")
@@ -65,8 +66,8 @@ def backward(
     *,
     rms: bool,
     x_dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """(dx, dresidual, dweight, dbias); dresidual is dx in float32, the same tensor when x is float32."""
+) -> NormGradients:
+    """The gradients by name; when x is float32, those of x and of the residual are the same tensor."""
     dy = dy.contiguous()
     dresidual_out = None if dresidual_out is None else dresidual_out.contiguous()
     residual_out = residual_out.contiguous()
@@ -86,4 +87,4 @@ def backward(
                 dweight.data_ptr(), pointer(dbias),
             )
         )  # fmt: skip
-    return dx, dresidual, dweight.to(weight.dtype), None if bias is None else dbias.to(bias.dtype)
+    return NormGradients(dx, dresidual, dweight.to(weight.dtype), None if bias is None else dbias.to(bias.dtype))

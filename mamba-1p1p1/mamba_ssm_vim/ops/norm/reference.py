@@ -1,7 +1,18 @@
 """Residual add followed by RMSNorm or LayerNorm in plain PyTorch: the specification."""
 
+from typing import NamedTuple
+
 import torch
 from causal_conv1d_vim.runtime.autodiff import gradients
+
+
+class NormGradients(NamedTuple):
+    """The gradient of each input by its name; that of the residual is float32, that of x before it is rounded."""
+
+    x: torch.Tensor
+    residual: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
 
 
 def why_not(x: torch.Tensor) -> str | None:
@@ -58,7 +69,7 @@ def forward(x, residual, weight, bias, *, eps, rms, residual_dtype):
 
 
 def backward(dy, dresidual_out, residual_out, weight, bias, mean, rstd, *, rms, x_dtype):
-    """(dx, dresidual, dweight, dbias); dresidual is dx before it is rounded to x's dtype."""
+    """The gradients by differentiating the reference."""
 
     def normed(total, weight, bias):
         centred = total if rms else total - total.mean(-1, keepdim=True)
@@ -77,4 +88,4 @@ def backward(dy, dresidual_out, residual_out, weight, bias, mean, rstd, *, rms, 
     if dresidual_out is not None:
         dtotal = dtotal + dresidual_out.to(compute)
     dbias = None if bias is None else dbias.to(bias.dtype)
-    return dtotal.to(x_dtype), dtotal, dweight.to(weight.dtype), dbias
+    return NormGradients(dtotal.to(x_dtype), dtotal, dweight.to(weight.dtype), dbias)

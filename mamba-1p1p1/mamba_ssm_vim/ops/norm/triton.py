@@ -6,6 +6,8 @@ import torch
 from causal_conv1d_vim.runtime import triton as triton_runtime
 from causal_conv1d_vim.runtime.triton import guard
 
+from mamba_ssm_vim.ops.norm.reference import NormGradients
+
 MAX_DIM = 8192
 TILE = 4096  # elements of a step: 32 per thread of 4 warps
 PARTIAL_SUMS = 512  # programs of the backward pass at most: rows of the partial sums of dweight
@@ -45,7 +47,7 @@ def forward(x, residual, weight, bias, *, eps, rms, residual_dtype):
 
 
 def backward(dy, dresidual_out, residual_out, weight, bias, mean, rstd, *, rms, x_dtype):
-    """(dx in `x_dtype`, dresidual float32, dweight, dbias); dresidual is dx before it is rounded."""
+    """The gradients by name; when x is float32, those of x and of the residual are the same tensor."""
     dy = dy.contiguous()
     incoming = None if dresidual_out is None else dresidual_out.contiguous()
     dim, meta = dy.shape[-1], _tile(dy.shape[-1])
@@ -53,7 +55,7 @@ def backward(dy, dresidual_out, residual_out, weight, bias, mean, rstd, *, rms, 
     dresidual = torch.empty(dy.shape, dtype=torch.float32, device=dy.device)
     dx = dresidual if x_dtype == torch.float32 else torch.empty(dy.shape, dtype=x_dtype, device=dy.device)
     if count == 0:
-        return dx, dresidual, torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias)
+        return NormGradients(dx, dresidual, torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias))
     from mamba_ssm_vim.ops.norm import triton_kernels as kernels
 
     steps = math.ceil(math.ceil(count / meta["ROWS"]) / PARTIAL_SUMS)
@@ -67,4 +69,4 @@ def backward(dy, dresidual_out, residual_out, weight, bias, mean, rstd, *, rms, 
             **meta,
         )  # fmt: skip
     dbias = None if bias is None else dbias.sum(0).to(bias.dtype)
-    return dx, dresidual, dweight.sum(0).to(weight.dtype), dbias
+    return NormGradients(dx, dresidual, dweight.sum(0).to(weight.dtype), dbias)

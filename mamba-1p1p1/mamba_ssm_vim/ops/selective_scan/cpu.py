@@ -1,7 +1,8 @@
 """CPU backend of the selective scan: packs the arguments of mamba-1p1p1/csrc/cpu/scan.h.
 
-Besides the common signature, `forward` and `backward` take `dt_weight`: `delta` is then the low-rank step (B, L, R) and
-the projection to E channels happens inside the scan, so that (B, L, E) steps are never written to memory.
+Besides the common signature, `forward` takes `dt_weight`: `delta` is then the low-rank step (B, L, R), and the scan
+projects it to E channels itself, so that (B, L, E) steps are never written to memory. `backward_projected` is its
+backward.
 """
 
 import functools
@@ -12,6 +13,7 @@ from causal_conv1d_vim.runtime import cpu_library
 from causal_conv1d_vim.runtime.cpu_library import DTYPES, plain, pointer, rows
 
 from mamba_ssm_vim.cpu_library import library
+from mamba_ssm_vim.ops.selective_scan.reference import ScanGradients
 
 CHUNK = 32  # tokens between kept states, SCAN_CHUNK in scan.h
 BLOCK = 16  # channels per block, BLOCK in simd.h
@@ -56,6 +58,10 @@ def _projection(t: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int, int
     return t, fields, False, t.stride(2)
 
 
+def _groups(B: torch.Tensor, C: torch.Tensor) -> int:
+    return B.shape[2] if B.dim() == 4 else C.shape[2] if C.dim() == 4 else 1
+
+
 def _scan_args(
     u, delta, A, B, C, D, z, delta_bias, initial_state, dt_weight, out, last_state, saved,
     *, delta_softplus, reverse, out_scale, accumulate,
@@ -65,7 +71,7 @@ def _scan_args(
     states = A.shape[1]
     B, of_b, b_constant, b_group = _projection(B)
     C, of_c, c_constant, c_group = _projection(C)
-    groups = 1 if b_constant and c_constant else (C if b_constant else B).shape[2]
+    groups = _groups(B, C)
     (u, of_u), (delta, of_delta), (z, of_z) = _tokens(u), _tokens(delta), _tokens(z)
     A, D, delta_bias, initial_state, dt_weight = map(plain, (A, D, delta_bias, initial_state, dt_weight))
     threads = torch.get_num_threads() if batch * seqlen * dim * states >= _PARALLEL_FROM else 1
@@ -93,36 +99,34 @@ def forward(
     delta_softplus: bool,
     reverse: bool,
     out_scale: float = 1.0,
-    accumulate_into: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    accumulate: bool = False,
     save: bool = False,
     dt_weight: torch.Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """out (B, L, E), last_state (B, E, N) float32, and the states kept for `backward`; see `selective_scan_ref`.
 
     Args:
         out_scale: factor of the gated output.
-        accumulate_into: (B, L, E), channel stride 1; the output is added to it and it is returned.
+        out: where to write, (B, L, E), channel stride 1, any supported dtype; allocated in u's dtype if None.
+        accumulate: add to `out` instead of overwriting it.
         save: keep the state before every chunk of 32 tokens.
         dt_weight: (E, R), see the module's docstring.
-        out_dtype: dtype of a new output; u's if None.
     """
     batch, seqlen, dim = u.shape
     states = A.shape[1]
-    out = accumulate_into
     if out is None:
-        out = u.new_empty((batch, seqlen, dim), dtype=out_dtype)
+        out = u.new_empty((batch, seqlen, dim))
     last_state = u.new_empty((batch, dim, states), dtype=torch.float32)
     saved = None
     if save:
-        groups = B.shape[2] if B.dim() == 4 else C.shape[2] if C.dim() == 4 else 1
+        groups = _groups(B, C)
         blocks = groups * -(-dim // groups // BLOCK)
         saved = u.new_empty((batch, -(-seqlen // CHUNK), blocks, states, BLOCK), dtype=torch.float32)
     if last_state.numel():
         packed, _alive = _scan_args(
             u, delta, A, B, C, D, z, delta_bias, initial_state, dt_weight, out, last_state, saved,
-            delta_softplus=delta_softplus, reverse=reverse, out_scale=out_scale,
-            accumulate=accumulate_into is not None,
+            delta_softplus=delta_softplus, reverse=reverse, out_scale=out_scale, accumulate=accumulate,
         )  # fmt: skip
         _forward(packed)
     return out, last_state, [] if saved is None else [saved]
@@ -145,96 +149,93 @@ def backward(
     delta_softplus: bool,
     reverse: bool,
     out_scale: float = 1.0,
-) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of (u, delta, A, B, C, D, z, delta_bias, initial_state), None where the input is None."""
+) -> ScanGradients:
+    """The gradients by name, contiguous and in their inputs' dtypes."""
+    batch, seqlen, _ = u.shape
+    n, groups = A.shape[1], _groups(B, C)
     # Shapes, not empty_like: results are contiguous whatever the strides of the inputs.
-    du, ddelta = u.new_empty(u.shape), delta.new_empty(delta.shape)
-    dz = None if z is None else z.new_empty(z.shape)
-    grads = backward_into(
-        dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, initial_state, saved[0], du, ddelta, dz,
+    dBC = u.new_empty((batch, seqlen, groups, 2 * n), dtype=torch.float32)
+    dB, dC = dBC.split(n, -1)
+    out = ScanGradients(
+        u=u.new_empty(u.shape), delta=delta.new_empty(delta.shape), B=None if B.dim() == 2 else dB,
+        C=None if C.dim() == 2 else dC, z=None if z is None else z.new_empty(z.shape),
+    )  # fmt: skip
+    found, _ = _backward_into(
+        dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, initial_state, saved[0], dBC, out,
         delta_softplus=delta_softplus, reverse=reverse, out_scale=out_scale,
     )  # fmt: skip
-    n = A.shape[1]
-
-    def of_projection(t: torch.Tensor, constant: torch.Tensor | None, start: int) -> torch.Tensor:
-        if constant is not None:
-            return constant.to(t.dtype)
-        return grads["dx"][..., start : start + n].to(t.dtype).contiguous()
-
-    return (
-        du,
-        ddelta,
-        grads["dA"],
-        of_projection(B, grads["dB"], 0),
-        of_projection(C, grads["dC"], n),
-        grads["dD"],
-        dz,
-        grads["dbias"],
-        None if initial_state is None else grads["dinitial_state"].to(initial_state.dtype),
+    return found._replace(
+        B=found.B.to(B.dtype).contiguous(),
+        C=found.C.to(C.dtype).contiguous(),
+        initial_state=None if initial_state is None else found.initial_state.to(initial_state.dtype),
     )
 
 
-def backward_into(
+def backward_projected(
     dout: torch.Tensor,
-    dlast_state: torch.Tensor | None,
     u: torch.Tensor,
-    delta: torch.Tensor,
+    low_rank: torch.Tensor,
     A: torch.Tensor,
     B: torch.Tensor,
     C: torch.Tensor,
     D: torch.Tensor | None,
     z: torch.Tensor | None,
     delta_bias: torch.Tensor | None,
-    initial_state: torch.Tensor | None,
-    saved: torch.Tensor,
-    du: torch.Tensor,
-    ddelta: torch.Tensor | None,
-    dz: torch.Tensor | None,
+    dt_weight: torch.Tensor,
+    saved: list[torch.Tensor],
     *,
     delta_softplus: bool,
     reverse: bool,
-    out_scale: float = 1.0,
-    dt_weight: torch.Tensor | None = None,
-    accumulate_dz: bool = False,
-) -> dict[str, torch.Tensor | None]:
-    """The backward kernel with its token-sized outputs given.
+    out_scale: float,
+    out: ScanGradients,
+    accumulate: bool,
+) -> tuple[ScanGradients, torch.Tensor]:
+    """Backward of a `forward` with `dt_weight`: the gradients by name, in float32, and that of `dt_weight` (E, R).
 
     Args:
-        du, dz: (B, L, E), channel stride 1, any supported dtype; written, or added to for dz if `accumulate_dz`.
-        ddelta: (B, L, E), written; not used with `dt_weight`.
-
-    Returns:
-        dA (E, N), dD and dbias (E,), dB and dC (E, N) if constant, dinitial_state (B, E, N), ddt_weight (E, R), and
-        dx (B, L, G, R + 2N): the gradients of the low-rank step, of B and of C side by side. All float32.
+        low_rank: (B, L, R), the step before its projection.
+        B, C: (B, L, 1, N).
+        out: `u` and `z` (B, L, E), channel stride 1, any supported dtype; `delta` (that is, `low_rank`'s), `B` and `C`:
+            column slices, in this order, of one contiguous float32 tensor (B, L, R + 2N).
+        accumulate: add to `out.z` instead of overwriting it.
     """
-    batch, seqlen, dim = u.shape
+    return _backward_into(
+        dout, None, u, low_rank, A, B, C, D, z, delta_bias, None, saved[0], out.delta, out,
+        delta_softplus=delta_softplus, reverse=reverse, out_scale=out_scale, dt_weight=dt_weight, accumulate=accumulate,
+    )  # fmt: skip
+
+
+def _backward_into(
+    dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, initial_state, saved, dx, out,
+    *, delta_softplus, reverse, out_scale, dt_weight=None, accumulate=False,
+) -> tuple[ScanGradients, torch.Tensor | None]:  # fmt: skip
+    """Run the kernel: `out` holds the token-sized gradients, `dx` is where those of the projections start."""
+    batch, _, dim = u.shape
     n = A.shape[1]
-    rank = 0 if dt_weight is None else dt_weight.shape[1]
-    groups = next((t.shape[2] for t in (B, C) if t.dim() == 4), 1)
     dout, dlast_state = rows(dout), plain(dlast_state)
     new = functools.partial(torch.empty if batch else torch.zeros, dtype=torch.float32, device=u.device)
-    grads = {
-        "dA": new((dim, n)),
-        "dD": None if D is None else new(dim),
-        "dbias": None if delta_bias is None else new(dim),
-        "dB": new((dim, n)) if B.dim() == 2 else None,
-        "dC": new((dim, n)) if C.dim() == 2 else None,
-        "dx": new((batch, seqlen, groups, rank + 2 * n)),
-        "ddt_weight": new((dim, rank)) if rank else None,
-        "dinitial_state": None if initial_state is None else new((batch, dim, n)),
-    }
-    if not batch:
-        return grads
-    packed, _alive = _scan_args(
-        u, delta, A, B, C, D, z, delta_bias, initial_state, dt_weight, None, None, saved,
-        delta_softplus=delta_softplus, reverse=reverse, out_scale=out_scale, accumulate=False,
-    )  # fmt: skip
-    _backward(
-        packed
-        + _pack_grad(
-            *_tokens(dout)[1], *_tokens(du)[1], *_tokens(ddelta)[1], *_tokens(dz)[1], accumulate_dz,
-            pointer(dlast_state),
-            *(pointer(grads[k]) for k in ("dinitial_state", "dA", "dD", "dbias", "dB", "dC", "dx", "ddt_weight")),
-        )
-    )  # fmt: skip
-    return grads
+    grads = out._replace(
+        A=new((dim, n)),
+        B=new((dim, n)) if B.dim() == 2 else out.B,
+        C=new((dim, n)) if C.dim() == 2 else out.C,
+        D=None if D is None else new(dim),
+        delta_bias=None if delta_bias is None else new(dim),
+        initial_state=None if initial_state is None else new((batch, dim, n)),
+    )
+    ddt_weight = None if dt_weight is None else new(dt_weight.shape)
+    if batch:
+        packed, _alive = _scan_args(
+            u, delta, A, B, C, D, z, delta_bias, initial_state, dt_weight, None, None, saved,
+            delta_softplus=delta_softplus, reverse=reverse, out_scale=out_scale, accumulate=False,
+        )  # fmt: skip
+        _backward(
+            packed
+            + _pack_grad(
+                *_tokens(dout)[1], *_tokens(out.u)[1], *_tokens(out.delta if dt_weight is None else None)[1],
+                *_tokens(out.z)[1], accumulate,
+                pointer(dlast_state), pointer(grads.initial_state), pointer(grads.A), pointer(grads.D),
+                pointer(grads.delta_bias), pointer(grads.B if B.dim() == 2 else None),
+                pointer(grads.C if C.dim() == 2 else None), pointer(dx), pointer(ddt_weight),
+            )
+        )  # fmt: skip
+    return grads, ddt_weight

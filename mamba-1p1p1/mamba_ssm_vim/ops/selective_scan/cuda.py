@@ -7,6 +7,7 @@ import torch
 from causal_conv1d_vim.runtime.cuda_library import DATA_TYPES, CudaLibrary, address, float32, int32, int64, pointer
 
 import mamba_ssm_vim
+from mamba_ssm_vim.ops.selective_scan.reference import ScanGradients
 
 MAX_STATES = 64
 TILE = 16  # tokens between two saved states (kTile in scan.h)
@@ -198,36 +199,42 @@ def multiprocessors(device: torch.device) -> int:
 
 def forward(
     u, delta, A, B, C, D, z, delta_bias, initial_state, *, delta_softplus, reverse, out_scale=1.0,
-    accumulate_into=None, save=False,
+    out=None, accumulate=False, save=False,
 ):  # fmt: skip
     """`selective_scan_ref` under the signature that backends share; `saved` holds the state on entering each tile."""
     dtype = common_dtype(u, delta, B, C, z)
-    out = torch.empty(u.shape, dtype=dtype, device=u.device)
+    in_place = out is not None and out.dtype is dtype and out.stride(-1) == 1
+    result = out if in_place else torch.empty(u.shape, dtype=dtype, device=u.device)
     batch, _, dim = u.shape
     last_state = torch.empty(batch, dim, A.shape[1], dtype=torch.float32, device=u.device)
     if u.numel() == 0:
         last_state.copy_(initial_state) if initial_state is not None else last_state.zero_()
-        return out.to(u.dtype), last_state, []
+        return u.new_empty(u.shape) if out is None else out, last_state, []
     side = {
         "u": _rows(u, dtype), "delta": _rows(delta, dtype), "A": A, "B": _rows(B, dtype), "C": _rows(C, dtype), "D": D,
         "delta_bias": delta_bias, "initial_state": initial_state, "last_state": last_state, "reverse": reverse,
     }  # fmt: skip
     saved = launch_forward(
-        [side], _rows(z, dtype), out, _rows(accumulate_into, dtype),
+        [side], _rows(z, dtype), result, _rows(out, dtype) if accumulate else None,
         delta_softplus=delta_softplus, scale=out_scale, save=save,
     )  # fmt: skip
-    return out.to(u.dtype), last_state, saved
+    if out is None:
+        out = result.to(u.dtype)
+    elif not in_place:
+        out.copy_(result)
+    return out, last_state, saved
 
 
 def backward(
     dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, initial_state, saved, *, delta_softplus, reverse,
-    out_scale=1.0, dz_into=None, accumulate_dz=False, dbc_into=None, du_ddelta_into=None,
+    out_scale=1.0, out=ScanGradients(), accumulate=False,
 ):  # fmt: skip
-    """Gradients of (u, delta, A, B, C, D, z, delta_bias, initial_state).
+    """The gradients by name, each in its input's dtype.
 
-    du and ddelta go to `du_ddelta_into`, two contiguous (B, L, E) tensors of the inputs' one dtype, if they are given.
-    dz goes to `dz_into` (B, L, E), a new tensor if None, and is added onto what is there if `accumulate_dz`. dB and dC
-    go to `dbc_into`, two (B, L, G, N) column slices of one contiguous (B, L, ...) tensor, if they are given.
+    Args:
+        out: `z` (B, L, E) with channel stride 1; `u` and `delta` (B, L, E) contiguous; `B` and `C` together, two
+            (B, L, G, N) column slices of one contiguous (B, L, ...) tensor; all in the inputs' one dtype.
+        accumulate: add to `out.z` instead of overwriting it.
     """
     batch, seqlen, dim = u.shape
     dstate, groups = A.shape[1], B.shape[2]
@@ -236,7 +243,7 @@ def backward(
         grads = [None if t is None else torch.zeros_like(t) for t in inputs]
         if initial_state is not None and dlast_state is not None:
             grads[8] = dlast_state.to(initial_state.dtype)
-        return tuple(grads)
+        return ScanGradients(*grads)
     dtype = common_dtype(u, delta, B, C, z)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -247,13 +254,15 @@ def backward(
         args.side, _rows(u, dtype), _rows(delta, dtype), A, _rows(B, dtype), _rows(C, dtype), D, delta_bias,
         initial_state, None, saved[0], reverse=reverse,
     )  # fmt: skip
-    du, ddelta = du_ddelta_into or (empty(*u.shape, dtype=dtype), empty(*u.shape, dtype=dtype))
-    dB, dC = dbc_into or (empty(*B.shape, dtype=dtype), empty(*C.shape, dtype=dtype))
+    du, ddelta, dB, dC = (
+        empty(*t.shape, dtype=dtype) if given is None else given
+        for t, given in ((u, out.u), (delta, out.delta), (B, out.B), (C, out.C))
+    )
     dA = empty(dim, dstate)
     dD = None if D is None else empty(dim)
     dbias = None if delta_bias is None else empty(dim)
     dinitial = None if initial_state is None else empty(batch, dim, dstate)
-    dz = dz_into
+    dz = out.z
     if z is not None and dz is None:
         dz = empty(*u.shape, dtype=dtype)
     floats = library.query("vim_scan_backward_workspace", batch, seqlen, dim, dstate, groups)
@@ -274,10 +283,10 @@ def backward(
     args.type, args.softplus, args.accumulate_dz, args.scale = (
         DATA_TYPES[dtype],
         delta_softplus,
-        accumulate_dz,
+        accumulate,
         out_scale,
     )
     library.launch("vim_scan_backward", args, u)
     del alive
     grads = (du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial)
-    return tuple(None if t is None else g.to(t.dtype) for g, t in zip(grads, inputs, strict=True))
+    return ScanGradients(*(None if t is None else g.to(t.dtype) for g, t in zip(grads, inputs, strict=True)))

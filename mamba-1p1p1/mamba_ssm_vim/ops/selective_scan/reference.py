@@ -3,9 +3,28 @@
 Shapes: B batch, L tokens, E channels, N states, G groups (E is a multiple of G).
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from causal_conv1d_vim.runtime.autodiff import gradients
+
+
+class ScanGradients(NamedTuple):
+    """The gradient of each input by its name, None where the input is None.
+
+    As the argument `out` of a backend's `backward` it says where to write: None stands for a new tensor.
+    """
+
+    u: torch.Tensor | None = None
+    delta: torch.Tensor | None = None
+    A: torch.Tensor | None = None
+    B: torch.Tensor | None = None
+    C: torch.Tensor | None = None
+    D: torch.Tensor | None = None
+    z: torch.Tensor | None = None
+    delta_bias: torch.Tensor | None = None
+    initial_state: torch.Tensor | None = None
 
 
 def why_not(u: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor) -> str | None:
@@ -87,26 +106,27 @@ def selective_scan_ref(
 
 def forward(
     u, delta, A, B, C, D, z, delta_bias, initial_state, *, delta_softplus, reverse, out_scale=1.0,
-    accumulate_into=None, save=False,
+    out=None, accumulate=False, save=False,
 ):  # fmt: skip
     """`selective_scan_ref` under the signature that backends share; nothing is saved, backward recomputes."""
-    out, last_state = selective_scan_ref(
+    result, last_state = selective_scan_ref(
         u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus=delta_softplus, reverse=reverse
     )
     if out_scale != 1.0:
-        out = out * out_scale
-    if accumulate_into is not None:
-        out = accumulate_into.add_(out)
-    return out, last_state, []
+        result = result * out_scale
+    if out is not None:
+        result = out.add_(result) if accumulate else out.copy_(result)
+    return result, last_state, []
 
 
 def backward(
     dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, initial_state, saved, *, delta_softplus, reverse,
     out_scale=1.0,
 ):  # fmt: skip
-    """Gradients of (u, delta, A, B, C, D, z, delta_bias, initial_state) by differentiating the reference."""
-    return gradients(
+    """The gradients by differentiating the reference."""
+    found = gradients(
         lambda *tensors: selective_scan_ref(*tensors, delta_softplus=delta_softplus, reverse=reverse),
         (u, delta, A, B, C, D, z, delta_bias, initial_state),
         (dout if out_scale == 1.0 else dout * out_scale, dlast_state),
     )
+    return ScanGradients(*found)

@@ -7,6 +7,8 @@ import torch
 from causal_conv1d_vim.runtime import triton as triton_runtime
 from causal_conv1d_vim.runtime.triton import guard, rows
 
+from mamba_ssm_vim.ops.selective_scan.reference import ScanGradients
+
 MAX_STATES = 64
 BLOCK_E = 32  # channels of a program: one warp, a channel per lane
 MIN_CHUNK = 128  # tokens: shorter chunks would spend more on their summaries than they gain
@@ -143,7 +145,7 @@ class _Launch:
 
 def forward(
     u, delta, A, B, C, D, z, delta_bias, initial_state, *, delta_softplus, reverse, out_scale=1.0,
-    accumulate_into=None, save=False,
+    out=None, accumulate=False, save=False,
 ):  # fmt: skip
     """`selective_scan_ref` under the signature that backends share.
 
@@ -153,10 +155,12 @@ def forward(
     if u.numel() == 0:
         last = u.new_zeros(u.shape[0], u.shape[2], A.shape[1], dtype=torch.float32)
         last = last if initial_state is None else initial_state.float().clone()
-        return (u.new_empty(u.shape) if accumulate_into is None else accumulate_into), last, []
+        return (u.new_empty(u.shape) if out is None else out), last, []
     run = _Launch(u, delta, A, B, delta_bias, delta_softplus, reverse)
-    C, z, addend = rows(C), rows(z), rows(accumulate_into)
-    out = torch.empty(u.shape, dtype=u.dtype, device=u.device) if addend is None else addend
+    C, z = rows(C), rows(z)
+    if out is None:
+        out = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    addend = out if accumulate else None
     last_state = run.empty(run.batch, run.dstate, run.dim)
     with guard(u):
         enter, dt = run.chunk_starts(_state(initial_state))
@@ -172,24 +176,26 @@ def forward(
 
 def backward(
     dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, initial_state, saved, *, delta_softplus, reverse,
-    out_scale=1.0, dz_into=None, accumulate_dz=False,
+    out_scale=1.0, out=ScanGradients(), accumulate=False,
 ):  # fmt: skip
-    """Gradients of (u, delta, A, B, C, D, z, delta_bias, initial_state), each in its input's dtype.
+    """The gradients by name, each in its input's dtype.
 
-    dz goes to `dz_into` (B, L, E), a new tensor if None, and is added onto what is there if `accumulate_dz`.
+    Args:
+        out: only `z` may be given: (B, L, E), channel stride 1.
+        accumulate: add to `out.z` instead of overwriting it.
     """
     inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     if u.numel() == 0:
         grads = [None if t is None else torch.zeros_like(t) for t in inputs]
         if initial_state is not None and dlast_state is not None:
             grads[8] = dlast_state.to(initial_state.dtype)
-        return tuple(grads)
+        return ScanGradients(*grads)
     run = _Launch(u, delta, A, B, delta_bias, delta_softplus, reverse)
     p, (batch, seqlen, dim), (dstate, groups) = run.plan, u.shape, (run.dstate, run.groups)
     C, z, dout, D_in = rows(C), rows(z), rows(dout), _vector(D)
     c_strides, z_strides, dout_strides = _strides(C, 3), _strides(z, 2), _strides(dout, 2)
     du, ddelta = (torch.empty(u.shape, dtype=t.dtype, device=u.device) for t in (u, delta))
-    dz = torch.empty(u.shape, dtype=z.dtype, device=u.device) if z is not None and dz_into is None else dz_into
+    dz = torch.empty(u.shape, dtype=z.dtype, device=u.device) if z is not None and out.z is None else out.z
     dA, dstart = run.empty(batch * p.chunks, dstate, dim), run.empty(batch, dstate, dim)
     dD, dbias = run.empty(batch * p.chunks, dim), run.empty(batch * p.chunks, dim)
     dB, dC = (run.empty(p.blocks, batch, seqlen, groups, dstate) for _ in range(2))
@@ -210,10 +216,10 @@ def backward(
             du, ddelta, dz, dA, dB, dC, dD, dbias, dstart,
             *dout_strides, *_strides(run.u, 2), *_strides(run.delta, 2), *_strides(run.B, 3), *c_strides, *z_strides,
             *_strides(dz, 2), batch, *run.sizes, float(out_scale),
-            HAS_D=D is not None, HAS_Z=z is not None, ADD_DZ=accumulate_dz, HAS_ENTER=incoming is not None,
+            HAS_D=D is not None, HAS_Z=z is not None, ADD_DZ=accumulate, HAS_ENTER=incoming is not None,
             **run.grad_flags,
         )  # fmt: skip
     grads = (
         du, ddelta, dA.sum(0).t(), dB.sum(0), dC.sum(0), dD.sum(0), dz, dbias.sum(0), dstart.transpose(1, 2),
     )  # fmt: skip
-    return tuple(None if t is None else g.to(t.dtype) for g, t in zip(grads, inputs, strict=True))
+    return ScanGradients(*(None if t is None else g.to(t.dtype) for g, t in zip(grads, inputs, strict=True)))

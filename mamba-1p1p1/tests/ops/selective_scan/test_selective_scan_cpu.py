@@ -118,7 +118,7 @@ def test_accumulates_into_a_slice_and_scales():
     flags = {"delta_softplus": True, "reverse": False}
     alone = cpu.forward(*args, **flags)[0]
     wide = torch.ones(2, 45, 90)
-    cpu.forward(*args, **flags, out_scale=0.25, accumulate_into=wide[..., 7:47])
+    cpu.forward(*args, **flags, out_scale=0.25, out=wide[..., 7:47], accumulate=True)
     torch.testing.assert_close(wide[..., 7:47], 1 + 0.25 * alone, rtol=1e-6, atol=1e-6)
     assert (wide[..., :7] == 1).all()
     assert (wide[..., 47:] == 1).all()
@@ -138,11 +138,16 @@ def test_low_rank_step_inside_the_scan():
     fused, _, saved = cpu.forward(*args, **flags, save=True, dt_weight=weight)
     close(fused, out.double(), TOLERANCE[torch.float32], "out")
     du, dz = torch.empty_like(out), torch.empty_like(out)
-    found = cpu.backward_into(dout, None, *args, saved[0], du, None, dz, **flags, dt_weight=weight)
-    expected = torch.cat([grads[1] @ weight, grads[3].squeeze(2), grads[4].squeeze(2)], dim=-1)
-    close(found["dx"].squeeze(2), expected.double(), TOLERANCE[torch.float32], "dx")
-    close(found["ddt_weight"], torch.einsum("ble,blr->er", grads[1], low).double(), 3e-5, "ddt_weight")
-    close(du, grads[0].double(), TOLERANCE[torch.float32], "du")
+    dx_dbl = torch.empty(2, 70, rank + 2 * 16)
+    dlow, dB, dC = dx_dbl.split([rank, 16, 16], -1)
+    found, ddt_weight = cpu.backward_projected(
+        dout, *args[:-1], weight, saved, **flags, out_scale=1.0, accumulate=False,
+        out=reference.ScanGradients(u=du, delta=dlow, B=dB.unsqueeze(2), C=dC.unsqueeze(2), z=dz),
+    )  # fmt: skip
+    expected = torch.cat([grads.delta @ weight, grads.B.squeeze(2), grads.C.squeeze(2)], dim=-1)
+    close(dx_dbl, expected.double(), TOLERANCE[torch.float32], "dx")
+    close(ddt_weight, torch.einsum("ble,blr->er", grads.delta, low).double(), 3e-5, "ddt_weight")
+    close(found.u, grads.u.double(), TOLERANCE[torch.float32], "du")
 
 
 @pytest.mark.parametrize("seqlen", [197, 40])

@@ -62,8 +62,9 @@ def test_matches_reference(emulated, batch, seqlen, dim, dstate, groups, dtype, 
     tensors = inputs(batch, seqlen, dim, dstate, groups, dtype)
     flags = {"delta_softplus": True, "reverse": reverse, "out_scale": 0.5}
     onto = torch.randn(batch, seqlen, dim).to(dtype)
-    out, last, saved = emulated.forward(*tensors, **flags, accumulate_into=onto, save=True)
-    expected, expected_last, _ = reference.forward(*wide(tensors), **flags, accumulate_into=onto.double())
+    expected, expected_last, _ = reference.forward(*wide(tensors), **flags, out=onto.double(), accumulate=True)
+    out, last, saved = emulated.forward(*tensors, **flags, out=onto, accumulate=True, save=True)
+    assert out is onto
     close(out, expected)
     close(last, expected_last)
     dout, dlast = torch.randn(batch, seqlen, dim).to(dtype), torch.randn(batch, dim, dstate)

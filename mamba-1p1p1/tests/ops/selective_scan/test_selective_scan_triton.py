@@ -111,7 +111,7 @@ def test_accumulates_in_place():
     base = numbers(1)(1, 6, 10)
     alone, _, _ = backend.forward(*args, **flags)
     onto = base.clone()
-    added, _, _ = backend.forward(*args, **flags, accumulate_into=onto)
+    added, _, _ = backend.forward(*args, **flags, out=onto, accumulate=True)
     assert added is onto
     torch.testing.assert_close(added, base + alone, rtol=1e-6, atol=1e-6)
 
