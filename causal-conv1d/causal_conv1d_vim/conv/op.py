@@ -3,6 +3,7 @@
 import torch
 
 from causal_conv1d_vim.runtime.autodiff import dispatched, forbid_double_backward, recording
+from causal_conv1d_vim.runtime.operators import check, register
 from causal_conv1d_vim.runtime.registry import OpBackends
 
 backends = OpBackends("causal_conv1d", "causal_conv1d_vim.conv")
@@ -10,8 +11,22 @@ backends = OpBackends("causal_conv1d", "causal_conv1d_vim.conv")
 ACTIVATIONS = (None, "silu", "swish")
 
 
-@torch.library.custom_op("vision_mamba::causal_conv1d", mutates_args=())
-def _op(
+def _check(x, weight, bias, initial_state) -> None:
+    """Raise for what the kernels must not meet."""
+    shape, taps = x.shape, weight.shape
+    if len(shape) != 3 or len(taps) != 2 or taps[0] != shape[2] or not taps[0] or not taps[1]:
+        raise ValueError(
+            "x must be (batch, seqlen, dim) and weight (dim, width), of at least one channel and one tap, got "
+            f"{tuple(shape)} and {tuple(taps)}"
+        )
+    batch, _, dim = shape
+    check(
+        (("x", x, None), ("weight", weight, None), ("bias", bias, (dim,)),
+         ("initial_state", initial_state, (batch, taps[1] - 1, dim)))
+    )  # fmt: skip
+
+
+def _forward(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -19,18 +34,23 @@ def _op(
     silu: bool,
     reverse: bool,
 ) -> torch.Tensor:
+    _check(x, weight, bias, initial_state)
     backend = backends.module(backends.pick(x, weight))
     # A backend may keep x's layout; a graph is promised one.
     return backend.forward(x, weight, bias, initial_state, silu=silu, reverse=reverse).contiguous()
 
 
-@_op.register_fake
-def _(x, weight, bias, initial_state, silu, reverse):
+def _forward_shapes(x, weight, bias, initial_state, silu, reverse):
+    _check(x, weight, bias, initial_state)
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("vision_mamba::causal_conv1d_backward", mutates_args=())
-def _op_backward(
+def _check_backward(dout, x, weight, bias, initial_state) -> None:
+    _check(x, weight, bias, initial_state)
+    check((("x", x, None), ("dout", dout, x.shape)), activations=("dout",))
+
+
+def _backward(
     dout: torch.Tensor,
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -39,13 +59,14 @@ def _op_backward(
     silu: bool,
     reverse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    _check_backward(dout, x, weight, bias, initial_state)
     backend = backends.module(backends.pick(x, weight))
     grads = backend.backward(dout, x, weight, bias, initial_state, silu=silu, reverse=reverse)
     return tuple(x.new_empty(0) if g is None else g.contiguous() for g in grads)
 
 
-@_op_backward.register_fake
-def _(dout, x, weight, bias, initial_state, silu, reverse):
+def _backward_shapes(dout, x, weight, bias, initial_state, silu, reverse):
+    _check_backward(dout, x, weight, bias, initial_state)
     return tuple(
         x.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
         for t in (x, weight, bias, initial_state)
@@ -57,13 +78,14 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(x, weight, bias, initial_state)
 
 
-def _op_vjp(ctx, dout):
+def _vjp(ctx, dout):
     saved = ctx.saved_tensors
     grads = _op_backward(dout, *saved, ctx.silu, ctx.reverse)
     return *(None if t is None else g for t, g in zip(saved, grads, strict=True)), None, None
 
 
-_op.register_autograd(_op_vjp, setup_context=_setup_context)
+_op = register("causal_conv1d", _forward, _forward_shapes, _setup_context, _vjp)
+_op_backward = register("causal_conv1d_backward", _backward, _backward_shapes)
 
 
 class _CausalConv1d(torch.autograd.Function):
@@ -71,14 +93,15 @@ class _CausalConv1d(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, backend, x, weight, bias, initial_state, silu, reverse):
+        _setup_context(ctx, (x, weight, bias, initial_state, silu, reverse), None)
         ctx.backend = backend
-        ctx.silu, ctx.reverse = silu, reverse
-        ctx.save_for_backward(x, weight, bias, initial_state)
-        return ctx.backend.forward(x, weight, bias, initial_state, silu=silu, reverse=reverse)
+        return backend.forward(x, weight, bias, initial_state, silu=silu, reverse=reverse)
 
     @staticmethod
     def backward(ctx, dout):
         forbid_double_backward("causal_conv1d")
+        if dispatched((dout,)):
+            return None, *_vjp(ctx, dout)
         grads = ctx.backend.backward(dout, *ctx.saved_tensors, silu=ctx.silu, reverse=ctx.reverse)
         return None, *grads, None, None
 
@@ -95,7 +118,8 @@ def causal_conv1d(
     """Depthwise causal convolution over tokens (section 3.4 of arXiv 2312.00752), token-major.
 
     Args:
-        x: (B, L, E), float32, bfloat16 or float16 (float64 with the reference).
+        x: (B, L, E), float32, bfloat16 or float16 (float64 with the reference); the other tensors may each have another
+            of these types.
         weight: (E, W); the CPU takes W up to 16, Triton up to 8, CUDA 2 to 4, the reference any.
         bias: (E,) or None.
         activation: None, "silu" or "swish" (the same).
@@ -106,27 +130,16 @@ def causal_conv1d(
         (B, L, E) in x's dtype; the arithmetic is float32.
 
     Raises:
-        ValueError: unknown activation, shapes that do not fit, or tensors on different devices.
+        ValueError: unknown activation, shapes or types that do not fit, or tensors on different devices.
         BackendError: a forced backend cannot run this call.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}, expected None, 'silu' or 'swish'")
-    if x.dim() != 3 or weight.dim() != 2 or weight.shape[0] != x.shape[2]:
-        raise ValueError(
-            f"x must be (batch, seqlen, dim) and weight (dim, width), got {tuple(x.shape)} and {tuple(weight.shape)}"
-        )
-    batch, _, dim = x.shape
-    past = (batch, weight.shape[1] - 1, dim)
-    for name, t, expected in (("bias", bias, (dim,)), ("initial_state", initial_state, past), ("weight", weight, None)):
-        if t is None:
-            continue
-        if expected is not None and t.shape != expected:
-            raise ValueError(f"{name} must be {expected}, got {tuple(t.shape)}")
-        if t.is_cpu is not x.is_cpu:
-            raise ValueError(f"all tensors must be on one device: x is on {x.device}, {name} on {t.device}")
-    if dispatched():
-        return torch.ops.vision_mamba.causal_conv1d(x, weight, bias, initial_state, activation is not None, reverse)
+    tensors = (x, weight, bias, initial_state)
+    if dispatched(tensors[:2], tensors[2:]):
+        return _op(*tensors, activation is not None, reverse)
+    _check(*tensors)
     backend = backends.module(backends.pick(x, weight))
-    if recording(x, weight, bias, initial_state):
-        return _CausalConv1d.apply(backend, x, weight, bias, initial_state, activation is not None, reverse)
-    return backend.forward(x, weight, bias, initial_state, silu=activation is not None, reverse=reverse)
+    if recording(*tensors):
+        return _CausalConv1d.apply(backend, *tensors, activation is not None, reverse)
+    return backend.forward(*tensors, silu=activation is not None, reverse=reverse)

@@ -1,5 +1,6 @@
 """What the operators' autograd functions share."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -7,12 +8,38 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
-def dispatched() -> bool:
+def dispatched(required: Sequence[torch.Tensor] = (), optional: Sequence[torch.Tensor | None] = ()) -> bool:
     """Whether an operator must go through torch's dispatcher, because somebody other than eager autograd watches.
 
-    That is a compiler, `torch.jit.trace`, or a dispatch mode (fake tensors, FLOP counter).
+    That is a compiler, `torch.jit.trace`, a dispatch mode (fake tensors, FLOP counter) or a transform of `torch.func`;
+    or an argument is no tensor, or one that is not simply its memory: the dispatcher resolves negative views and zero
+    tensors, knows the rules of subclasses and of the meta device, and has a sentence for everything else.
     """
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode()
+    if (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or is_in_torch_dispatch_mode()
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return True
+    try:
+        for t in required:
+            if t.is_neg() or (not t.data_ptr() and t.numel()):
+                return True
+        for t in optional:
+            if t is not None and (t.is_neg() or (not t.data_ptr() and t.numel())):
+                return True
+    except (AttributeError, RuntimeError):  # not a tensor; a tensor without storage
+        return True
+    return False
+
+
+def _autograd_keys() -> contextlib.AbstractContextManager:
+    """Context in which operations are recorded even inside a registered operator, whose kernel runs below autograd."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
 
 
 def gradients(
@@ -27,12 +54,14 @@ def gradients(
         inputs: its arguments, tensors or None.
         cotangents: one per output; None counts as zeros.
     """
-    with torch.enable_grad():
+    with torch.enable_grad(), _autograd_keys():
         leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
         outputs = function(*leaves)
         if isinstance(outputs, torch.Tensor):
             outputs = (outputs,)
-        pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if c is not None and o.requires_grad]
+        pairs = [
+            (o, c.to(o.dtype)) for o, c in zip(outputs, cotangents, strict=True) if c is not None and o.requires_grad
+        ]
         present = [t for t in leaves if t is not None]
         found = iter(
             torch.autograd.grad(

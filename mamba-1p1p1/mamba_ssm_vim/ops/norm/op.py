@@ -2,13 +2,28 @@
 
 import torch
 from causal_conv1d_vim.runtime.autodiff import dispatched, forbid_double_backward, recording
+from causal_conv1d_vim.runtime.operators import check, check_dtype, register
 from causal_conv1d_vim.runtime.registry import OpBackends
 from torch import nn
 
 backends = OpBackends("add_norm", "mamba_ssm_vim.ops.norm")
 
 
-def _forward(x, residual, weight, bias, eps, rms, residual_dtype):
+def _check(x, residual, weight, bias, residual_dtype) -> None:
+    """Raise for what the kernels must not meet."""
+    shape, of_weight = x.shape, weight.shape
+    if not shape or of_weight != shape[-1:] or not shape[-1]:
+        raise ValueError(
+            "x must be (..., dim) with at least one channel and weight must be (dim,), got "
+            f"{tuple(shape)} and {tuple(of_weight)}"
+        )
+    check((("x", x, None), ("residual", residual, shape), ("weight", weight, None), ("bias", bias, of_weight)),
+          activations=("residual",))  # fmt: skip
+    if residual_dtype is not x.dtype:
+        check_dtype("residual_dtype", residual_dtype)
+
+
+def _run(x, residual, weight, bias, eps, rms, residual_dtype):
     backend = backends.module(backends.pick(x))
     return backend, *backend.forward(x, residual, weight, bias, eps=eps, rms=rms, residual_dtype=residual_dtype)
 
@@ -18,8 +33,7 @@ def _own(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return tensor.clone() if tensor.data_ptr() == other.data_ptr() else tensor
 
 
-@torch.library.custom_op("vision_mamba::add_norm", mutates_args=())
-def _op(
+def _forward(
     x: torch.Tensor,
     residual: torch.Tensor | None,
     weight: torch.Tensor,
@@ -28,13 +42,14 @@ def _op(
     rms: bool,
     residual_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    _, y, residual_out, mean, rstd = _forward(x, residual, weight, bias, eps, rms, residual_dtype)
+    _check(x, residual, weight, bias, residual_dtype)
+    _, y, residual_out, mean, rstd = _run(x, residual, weight, bias, eps, rms, residual_dtype)
     residual_out = _own(residual_out, x)
     return y, residual_out, rstd.new_empty(0) if mean is None else mean, rstd
 
 
-@_op.register_fake
-def _(x, residual, weight, bias, eps, rms, residual_dtype):
+def _forward_shapes(x, residual, weight, bias, eps, rms, residual_dtype):
+    _check(x, residual, weight, bias, residual_dtype)
     statistics = x.new_empty(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32))
     return (
         x.new_empty(x.shape),
@@ -44,8 +59,14 @@ def _(x, residual, weight, bias, eps, rms, residual_dtype):
     )
 
 
-@torch.library.custom_op("vision_mamba::add_norm_backward", mutates_args=())
-def _op_backward(
+def _check_backward(dy, dresidual_out, residual_out, weight, bias, mean, rstd, rms, x_dtype) -> None:
+    _check(dy, dresidual_out, weight, bias, x_dtype)
+    rows = dy.shape[:-1]
+    check((("dy", dy, None), ("residual_out", residual_out, dy.shape), ("mean", mean, (0,) if rms else rows),
+           ("rstd", rstd, rows)), activations=("residual_out", "rstd"))  # fmt: skip
+
+
+def _backward(
     dy: torch.Tensor,
     dresidual_out: torch.Tensor | None,
     residual_out: torch.Tensor,
@@ -56,15 +77,19 @@ def _op_backward(
     rms: bool,
     x_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    _check_backward(dy, dresidual_out, residual_out, weight, bias, mean, rstd, rms, x_dtype)
     backend = backends.module(backends.pick(dy))
+    # As `_forward` gives them; a caller's own may be others.
+    compute = torch.promote_types(residual_out.dtype, torch.float32)
+    mean, rstd = (t.to(compute).contiguous() for t in (mean, rstd))
     dx, dresidual, dweight, dbias = backend.backward(
         dy, dresidual_out, residual_out, weight, bias, None if rms else mean, rstd, rms=rms, x_dtype=x_dtype
     )
     return dx, _own(dresidual, dx), dweight, weight.new_empty(0) if dbias is None else dbias
 
 
-@_op_backward.register_fake
-def _(dy, dresidual_out, residual_out, weight, bias, mean, rstd, rms, x_dtype):
+def _backward_shapes(dy, dresidual_out, residual_out, weight, bias, mean, rstd, rms, x_dtype):
+    _check_backward(dy, dresidual_out, residual_out, weight, bias, mean, rstd, rms, x_dtype)
     compute = torch.promote_types(residual_out.dtype, torch.float32)
     return (
         dy.new_empty(dy.shape, dtype=x_dtype),
@@ -79,9 +104,10 @@ def _setup_context(ctx, inputs, output):
     _, residual_out, mean, rstd = output
     ctx.x_dtype, ctx.residual_dtype = x.dtype, None if residual is None else residual.dtype
     ctx.save_for_backward(residual_out, weight, bias, mean, rstd)
+    ctx.mark_non_differentiable(mean, rstd)
 
 
-def _op_vjp(ctx, dy, dresidual_out, _dmean, _drstd):
+def _vjp(ctx, dy, dresidual_out, _dmean, _drstd):
     residual_out, weight, bias, mean, rstd = ctx.saved_tensors
     dx, dresidual, dweight, dbias = _op_backward(
         dy, dresidual_out, residual_out, weight, bias, mean, rstd, ctx.rms, ctx.x_dtype
@@ -90,7 +116,8 @@ def _op_vjp(ctx, dy, dresidual_out, _dmean, _drstd):
     return dx, dresidual, dweight, None if bias is None else dbias, None, None, None
 
 
-_op.register_autograd(_op_vjp, setup_context=_setup_context)
+_op = register("add_norm", _forward, _forward_shapes, _setup_context, _vjp)
+_op_backward = register("add_norm_backward", _backward, _backward_shapes)
 
 
 class _AddNorm(torch.autograd.Function):
@@ -98,7 +125,7 @@ class _AddNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, residual, weight, bias, eps, rms, residual_dtype):
-        ctx.backend, y, residual_out, mean, rstd = _forward(x, residual, weight, bias, eps, rms, residual_dtype)
+        ctx.backend, y, residual_out, mean, rstd = _run(x, residual, weight, bias, eps, rms, residual_dtype)
         ctx.rms, ctx.x_dtype, ctx.residual_dtype = rms, x.dtype, None if residual is None else residual.dtype
         ctx.save_for_backward(residual_out, weight, bias, mean, rstd)
         ctx.set_materialize_grads(False)
@@ -110,11 +137,15 @@ class _AddNorm(torch.autograd.Function):
         residual_out, weight, bias, mean, rstd = ctx.saved_tensors
         if dy is None:
             dy = torch.zeros(residual_out.shape, dtype=ctx.x_dtype, device=residual_out.device)
-        dx, dresidual, dweight, dbias = ctx.backend.backward(
-            dy, dresidual_out, residual_out, weight, bias, mean, rstd, rms=ctx.rms, x_dtype=ctx.x_dtype
-        )
+        kept = residual_out, weight, bias
+        if dispatched((dy,), (dresidual_out,)):
+            mean = rstd.new_empty(0) if mean is None else mean
+            grads = _op_backward(dy, dresidual_out, *kept, mean, rstd, ctx.rms, ctx.x_dtype)
+        else:
+            grads = ctx.backend.backward(dy, dresidual_out, *kept, mean, rstd, rms=ctx.rms, x_dtype=ctx.x_dtype)
+        dx, dresidual, dweight, dbias = grads
         dresidual = None if ctx.residual_dtype is None else dresidual.to(ctx.residual_dtype)
-        return dx, dresidual, dweight, dbias, None, None, None
+        return dx, dresidual, dweight, None if bias is None else dbias, None, None, None
 
 
 def add_norm(
@@ -129,29 +160,23 @@ def add_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Add x to the residual stream and normalise the sum; see `add_norm_ref` for shapes and equations.
 
+    Every tensor may be float32, bfloat16 or float16 and need not share its type with the others; the arithmetic is
+    float32. The reference serves float64, which x and residual then both are.
+
     Returns:
         y (..., D) in x's dtype and the new residual (..., D) in `residual_dtype`.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes or types that do not fit, or tensors on different devices.
     """
-    if weight.shape != x.shape[-1:] or (residual is not None and residual.shape != x.shape):
-        raise ValueError(
-            f"weight must be ({x.shape[-1]},) and residual {tuple(x.shape)}, got {tuple(weight.shape)} and "
-            f"{None if residual is None else tuple(residual.shape)}"
-        )
-    if bias is not None and bias.shape != weight.shape:
-        raise ValueError(f"bias must be {tuple(weight.shape)}, got {tuple(bias.shape)}")
-    for name, t in (("residual", residual), ("weight", weight), ("bias", bias)):
-        if t is not None and t.is_cpu is not x.is_cpu:
-            raise ValueError(f"all tensors must be on one device: x is on {x.device}, {name} on {t.device}")
     if residual_dtype is None:
-        residual_dtype = x.dtype if residual is None else residual.dtype
-    if dispatched():
-        return torch.ops.vision_mamba.add_norm(x, residual, weight, bias, eps, rms, residual_dtype)[:2]
+        residual_dtype = (x if residual is None else residual).dtype
+    if dispatched((x, weight), (residual, bias)):
+        return _op(x, residual, weight, bias, eps, rms, residual_dtype)[:2]
+    _check(x, residual, weight, bias, residual_dtype)
     if recording(x, residual, weight, bias):
         return _AddNorm.apply(x, residual, weight, bias, eps, rms, residual_dtype)
-    return _forward(x, residual, weight, bias, eps, rms, residual_dtype)[1:3]
+    return _run(x, residual, weight, bias, eps, rms, residual_dtype)[1:3]
 
 
 def layer_norm_fn(

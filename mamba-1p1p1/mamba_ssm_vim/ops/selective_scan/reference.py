@@ -96,7 +96,10 @@ def selective_scan_ref(
         state = torch.exp(dt_t[..., None] * A) * state + dtx_t[..., None] * b_t
         y_t = (state * c_t).sum(-1)
         steps.append(2 * y_t.real if y_t.is_complex() else y_t)
-    y = torch.stack(steps[::-1] if reverse else steps, dim=1) if seqlen else x
+    if seqlen:
+        y = torch.stack(steps[::-1] if reverse else steps, dim=1)
+    else:  # results of their own, not the inputs themselves
+        y, state = x.clone(), state.clone()
     if D is not None:
         y = y + x * D.to(compute)
     if z is not None:
