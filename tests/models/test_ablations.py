@@ -121,7 +121,7 @@ def test_class_token_and_pooling(options, pool, shape, x):
     ({"final_pool_type": "median"}, "final_pool_type is 'median'"),
     ({"global_pool": "token"}, "class token"),
     ({"global_pool": "median"}, "global_pool is 'median'"),
-    ({"bimamba_type": "v3"}, "bimamba_type is 'v3'"),
+    ({"bimamba_type": "v4"}, "bimamba_type is 'v4'"),
     ({"img_size": 7}, r"img_size is 7.*patch size \(16, 16\)"),
     ({"img_size": (32, 32, 3)}, "img_size"),
     ({"img_size": 32.5}, r"img_size is 32\.5"),

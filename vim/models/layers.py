@@ -1,129 +1,20 @@
-"""Patch embedding and block of Vision Mamba.
+"""The block of Vision Mamba.
 
-Legend: B batch, M patch tokens, L = M + class tokens, D model width, E inner width of the mixer.
+Legend: B batch, L tokens, D model width, E inner width of the mixer.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
 from mamba_ssm_vim import Mamba, RMSNorm, add_norm
-from timm.layers import DropPath, to_2tuple
+from timm.layers import DropPath
 from timm.models import register_notrace_function, register_notrace_module
-from timm.models._features import feature_take_indices
 from torch import nn
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-try:  # timm's record of a model's size, for its data configuration and its export; older versions keep none
-    from timm.models._input import update_model_input_size
-except ImportError:
-    update_model_input_size = None
-
-
-def checked_size(name: str, value: Any, least: Sequence[int] = (1, 1)) -> tuple[int, int]:
-    """(height, width) from a side or a pair.
-
-    Raises:
-        ValueError: not a whole number or two of them, or smaller than `least`.
-    """
-    size = to_2tuple(value) if isinstance(value, (int, tuple, list)) else ()
-    if len(size) != 2 or any(
-        not isinstance(s, int) or isinstance(s, bool) or s < m for s, m in zip(size, least, strict=True)
-    ):
-        at_least = f", each at least the patch size {tuple(least)}" if tuple(least) != (1, 1) else " of at least 1"
-        raise ValueError(f"{name} is {value!r}: expected pixels or (height, width){at_least}")
-    return size[0], size[1]
-
-
-def checked_indices(depth: int, pairs: bool, indices: int | list[int] | None) -> tuple[list[int], int]:
-    """The blocks that `indices` names, and the last of them (the last of all for pairs counted from the end).
-
-    Args:
-        depth: number of blocks.
-        pairs: blocks work in pairs, so only every second one has features.
-        indices: how many of the last ones, which ones, or None for all.
-
-    Raises:
-        ValueError: blocks that there are not, or the first of a pair.
-    """
-    last_ones = indices is None or isinstance(indices, int)
-    if pairs and last_ones:
-        odd = list(range(1, depth, 2))
-        if indices is not None and not 0 < indices <= len(odd):
-            raise ValueError(f"indices is {indices!r}, but the model has {len(odd)} pairs of blocks")
-        return (odd if indices is None else odd[-indices:]), depth - 1
-    try:
-        if isinstance(indices, int) and indices < 1:
-            raise AssertionError
-        take, last = feature_take_indices(depth, indices if last_ones else list(indices))
-    except (AssertionError, TypeError) as error:
-        raise ValueError(
-            f"indices is {indices!r}: expected how many of the last blocks (1 to {depth}), a list of blocks from "
-            f"{-depth} to {depth - 1}, or None"
-        ) from error
-    if pairs and any(i % 2 == 0 for i in take):
-        raise ValueError(f"blocks work in pairs (if_bidirectional), so indices must be odd, got {take}")
-    return take, last
-
-
-@register_notrace_module
-class PatchEmbed(nn.Module):
-    """Patch convolution with a stride of its own: (B, C, H, W) → tokens (B, M, D) in raster order.
-
-    timm's module of this name has no stride beside the patch size.
-
-    Args:
-        img_size, patch_size, stride: pixels, or (height, width).
-        channels: colour channels C.
-        embed_dim: width D.
-
-    Raises:
-        ValueError: a size that is none, or an image smaller than a patch.
-    """
-
-    def __init__(
-        self, img_size: Any, patch_size: Any, stride: Any, channels: int, embed_dim: int, **factory: Any
-    ) -> None:
-        super().__init__()
-        self.patch_size, self.stride = checked_size("patch_size", patch_size), checked_size("stride", stride)
-        self.img_size = checked_size("img_size", img_size, self.patch_size)
-        self.grid_size = self.dynamic_feat_size(self.img_size)
-        self.proj = nn.Conv2d(channels, embed_dim, self.patch_size, self.stride, **factory)
-
-    @property
-    def num_patches(self) -> int:
-        """Patches of an image of the module's size."""
-        return self.grid_size[0] * self.grid_size[1]
-
-    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
-        """Rows and columns of patches of an image (height, width) no smaller than a patch."""
-        rows = (img_size[0] - self.patch_size[0]) // self.stride[0] + 1
-        return rows, (img_size[1] - self.patch_size[1]) // self.stride[1] + 1
-
-    def feat_ratio(self, as_scalar: bool = True) -> tuple[int, int] | int:
-        """Pixels per token along each axis."""
-        return max(self.stride) if as_scalar else self.stride
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) → (B, M, D).
-
-        Raises:
-            ValueError: the image is smaller than a patch.
-        """
-        if x.shape[2] < self.patch_size[0] or x.shape[3] < self.patch_size[1]:
-            raise ValueError(f"images of {x.shape[2]} × {x.shape[3]} are smaller than the patch size {self.patch_size}")
-        return self.proj(x).flatten(2).transpose(1, 2)
-
-
-@torch.jit.unused
-def operators_are_watched(x: torch.Tensor) -> bool:
-    """Whether somebody needs to see registered operators, which eager calls bypass for speed.
-
-    The meta device computes shapes with them, `torch.jit.trace` records them, and a dispatch mode (FLOP counter, fake
-    tensors) counts or replaces them.
-    """
-    return x.is_meta or torch.jit.is_tracing() or (not torch.compiler.is_compiling() and is_in_torch_dispatch_mode())
+from vim.models.layout import TokenLayout
+from vim.models.mixers import GridMixer
+from vim.models.watching import operators_are_watched
 
 
 @register_notrace_function
@@ -155,45 +46,40 @@ def residual_norm(
         return add_norm(hidden, residual, weight, bias, eps=eps, rms=rms, residual_dtype=dtype)
 
 
-@register_notrace_module
-class Block(nn.Module):
-    """Residual add and norm, then the mixer; the residual stream is carried beside the hidden states."""
+class MixerBlock(nn.Module):
+    """What the blocks share: a mixer and its stochastic depth."""
 
-    def __init__(self, mixer: Mamba, norm: nn.Module, drop_path: float, residual_in_fp32: bool) -> None:
+    follows_grid: Final[bool]
+
+    def __init__(self, mixer: Mamba, drop_path: float, residual_in_fp32: bool) -> None:
         super().__init__()
-        self.mixer, self.norm = mixer, norm
+        self.mixer, self.follows_grid, self.residual_in_fp32 = mixer, isinstance(mixer, GridMixer), residual_in_fp32
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
-        self.residual_in_fp32, self.rms = residual_in_fp32, isinstance(norm, RMSNorm)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initialise norm and mixer as when they were built."""
-        self.norm.reset_parameters()
+        """Initialise everything as when it was built."""
         mixer = self.mixer
-        for module in mixer.modules():
-            if isinstance(module, (nn.Linear, nn.Conv1d)):
+        for module in self.modules():
+            if module is not self and module is not mixer and hasattr(module, "reset_parameters"):
                 module.reset_parameters()
         for name, parameter in mixer.named_parameters(recurse=False):
-            if name in ("A_log", "A_b_log"):
-                states = torch.arange(1, mixer.d_state + 1, dtype=torch.float32, device=parameter.device)
-                parameter.copy_(states.log())
+            if name.endswith("_log"):
+                parameter.copy_(torch.arange(1, mixer.d_state + 1, device=parameter.device).log())
             else:  # D, D_b, gamma
                 parameter.fill_(mixer.init_layer_scale if name == "gamma" else 1.0)
-        for name in ("dt_proj", "dt_proj_b"):
-            if hasattr(mixer, name):
-                mixer._init_dt_proj(getattr(mixer, name))
+        for name, module in mixer.named_children():
+            if name.startswith("dt_proj"):
+                mixer._init_dt_proj(module)
 
-    def forward(self, hidden: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """hidden (B, L, D) and residual (B, L, D) or None → the same pair after this block."""
-        if residual is not None:
-            hidden = self.drop_path(hidden)
-        hidden, stream = residual_norm(
-            hidden, residual, self.norm.weight, self.norm.bias, self.norm.eps, self.rms, self.residual_in_fp32
-        )
-        if torch.jit.is_scripting() or operators_are_watched(hidden):
-            return self._mixer_of_operators(hidden), stream
+    def mix(self, hidden: torch.Tensor, layout: TokenLayout | None) -> torch.Tensor:
+        """The mixer's output (B, L, D) for normalised tokens (B, L, D)."""
+        if self.follows_grid:
+            return self.mixer(hidden, layout)
+        elif torch.jit.is_scripting() or operators_are_watched(hidden):
+            return self._mixer_of_operators(hidden)
         else:
-            return self.mixer(hidden), stream
+            return self.mixer(hidden)
 
     def _mixer_of_operators(self, hidden: torch.Tensor) -> torch.Tensor:
         """`Mamba.forward` from registered operators only."""
@@ -220,6 +106,70 @@ class Block(nn.Module):
         if hasattr(m, "gamma"):
             out = out * m.gamma
         return out
+
+
+@register_notrace_module
+class Block(MixerBlock):
+    """Residual add and norm, then the mixer; the residual stream is carried beside the hidden states."""
+
+    def __init__(self, mixer: Mamba, norm: nn.Module, drop_path: float, residual_in_fp32: bool) -> None:
+        super().__init__(mixer, drop_path, residual_in_fp32)
+        self.norm, self.rms = norm, isinstance(norm, RMSNorm)
+
+    def forward(
+        self, hidden: torch.Tensor, residual: torch.Tensor | None = None, layout: TokenLayout | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """hidden (B, L, D) and residual (B, L, D) or None → the same pair after this block.
+
+        A mixer that follows the patch grid needs the `layout` of the sequence.
+        """
+        if residual is not None:
+            hidden = self.drop_path(hidden)
+        hidden, stream = residual_norm(
+            hidden, residual, self.norm.weight, self.norm.bias, self.norm.eps, self.rms, self.residual_in_fp32
+        )
+        return self.mix(hidden, layout), stream
+
+
+class SwiGLU(nn.Module):
+    """w3(SiLU(w1 x) * w2 x) with biases (arXiv 2002.05202), under ARM's parameter names."""
+
+    def __init__(self, dim: int, hidden_dim: int, **factory: Any) -> None:
+        super().__init__()
+        self.w1, self.w2 = nn.Linear(dim, hidden_dim, **factory), nn.Linear(dim, hidden_dim, **factory)
+        self.w3 = nn.Linear(hidden_dim, dim, **factory)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, L, D) → (B, L, D)."""
+        return self.w3(F.silu(self.w1(x)) * self.w2(x))
+
+
+@register_notrace_module
+class MlpBlock(MixerBlock):
+    """A mixer and a SwiGLU, each on the normalised residual stream (ARM, arXiv 2406.07537).
+
+    The stream is carried beside the hidden states as in `Block`; stochastic depth acts within the block.
+    """
+
+    def __init__(
+        self, mixer: Mamba, norms: tuple[nn.Module, nn.Module], mlp: nn.Module, drop_path: float, residual_in_fp32: bool
+    ) -> None:
+        super().__init__(mixer, drop_path, residual_in_fp32)
+        self.norm1, self.norm2 = norms
+        self.mlp, self.rms = mlp, isinstance(self.norm1, RMSNorm)
+
+    def forward(
+        self, hidden: torch.Tensor, residual: torch.Tensor | None = None, layout: TokenLayout | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """hidden (B, L, D) and residual (B, L, D) or None → the same pair after this block."""
+        hidden, stream = residual_norm(
+            hidden, residual, self.norm1.weight, self.norm1.bias, self.norm1.eps, self.rms, self.residual_in_fp32
+        )
+        hidden, stream = residual_norm(
+            self.drop_path(self.mix(hidden, layout)), stream, self.norm2.weight, self.norm2.bias, self.norm2.eps,
+            self.rms, self.residual_in_fp32,
+        )  # fmt: skip
+        return self.drop_path(self.mlp(hidden)), stream
 
 
 def _scripted_direction(

@@ -82,6 +82,16 @@ def join_tokens(special: torch.Tensor, patches: torch.Tensor, layout: TokenLayou
 
 
 @register_notrace_function
-def to_map(patches: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
-    """Patch tokens (B, M, D) → feature map (B, D, rows, columns)."""
-    return patches.transpose(1, 2).unflatten(2, [layout.grid[0], layout.grid[1]]).contiguous()
+def to_map(patches: torch.Tensor, layout: TokenLayout, clip: bool, column_major: bool) -> torch.Tensor:
+    """Patch tokens (B, M, D) → feature map (B, D, rows, columns), of a clip (B, D, frames, rows, columns).
+
+    Args:
+        patches: patch tokens.
+        layout: of their sequence.
+        clip: keep the axis of frames.
+        column_major: the tokens are in column order, and `layout.grid` counts columns first.
+    """
+    features = patches.transpose(1, 2).unflatten(2, [layout.frames, layout.grid[0], layout.grid[1]])
+    if column_major:
+        features = features.transpose(3, 4)
+    return features.contiguous() if clip else features.squeeze(2).contiguous()

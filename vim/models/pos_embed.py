@@ -4,6 +4,7 @@ import logging
 import math
 
 import torch
+import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
 
 from vim.models.layout import join_tokens, special_positions, split_tokens, token_layout
@@ -79,3 +80,10 @@ def resample_grid(
             f"{len(layout.positions)}"
         )
     return join_tokens(class_rows[:, : len(layout.positions)], patches, layout)
+
+
+def resample_frames(temporal_pos_embed: torch.Tensor, frames: int) -> torch.Tensor:
+    """Temporal position embedding (1, T, D) of another number of frames, linear in time."""
+    if temporal_pos_embed.shape[1] == frames:
+        return temporal_pos_embed
+    return F.interpolate(temporal_pos_embed.transpose(1, 2), size=[frames], mode="linear").transpose(1, 2)

@@ -16,6 +16,7 @@ from vim.models.checkpoint import (
     load_checkpoint,
     stored_grid,
 )
+from vim.models.layout import special_positions
 from vim.models.vision_mamba import VisionMamba
 
 _logger = logging.getLogger("vision_mamba")
@@ -88,7 +89,11 @@ def _pretrained_filter(state_dict: dict[str, Any], model: VisionMamba) -> dict[s
     if grid is None and pos_embed is not None:
         # Of the image size that timm's configuration of the weights names, if that accounts for every row.
         rows, columns = model.patch_embed.dynamic_feat_size(model.pretrained_cfg["input_size"][-2:])
-        grid = (rows, columns) if rows * columns + model.num_prefix_tokens == pos_embed.shape[1] else None
+        grid = (
+            (rows, columns)
+            if rows * columns + len(special_positions(model.class_rows, 0, 0)) == pos_embed.shape[1]
+            else None
+        )
     state_dict = checkpoint_filter_fn(state_dict, model, grid=grid)
     head = state_dict.get("head.weight")
     if head is not None and model.num_classes not in (0, len(head)):

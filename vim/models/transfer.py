@@ -32,7 +32,7 @@ def fit_state_dict(
     if pos_embed is not None and model.pos_embed is not None:
         if grid or pos_embed.shape != model.pos_embed.shape:
             state_dict["pos_embed"] = resample_pos_embed(
-                pos_embed, own_grid, class_token=model.class_token, old_grid=grid
+                pos_embed, own_grid, class_token=model.class_rows, old_grid=grid
             )
         elif own_grid[0] != own_grid[1]:
             _logger.warning(

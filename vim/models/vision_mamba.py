@@ -1,6 +1,6 @@
-"""Vision Mamba (arXiv 2401.09417): a bidirectional state-space backbone over image patches.
+"""Vision Mamba (arXiv 2401.09417) and what was built on it: a bidirectional state-space backbone over patches.
 
-Legend: B batch, M patch tokens, L = M + class tokens, D model width.
+Legend: B batch, M patch tokens, L = M + special tokens (class tokens, registers), D model width.
 
 The class compiles under torch.compile, torch.export and TorchScript, and torch.fx traces it; what branches on shapes or
 flags lives in `tokens.py` and `layers.py`, which the tracer takes as leaves.
@@ -11,28 +11,26 @@ from functools import partial
 from typing import Any
 
 import torch
-from mamba_ssm_vim import Mamba, RMSNorm
-from timm.layers import DropPath, lecun_normal_, resample_patch_embed, trunc_normal_
+from mamba_ssm_vim import RMSNorm
+from timm.layers import DropPath
 from timm.models._features import feature_take_indices
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from vim.models.checkpoint import checkpoint_filter_fn
-from vim.models.layers import (
-    Block,
-    PatchEmbed,
-    checked_indices,
-    checked_size,
-    residual_norm,
-    update_model_input_size,
-)
+from vim.models.checks import check_arguments, checked_indices
+from vim.models.initialisation import init_head, init_videomamba, init_vim
+from vim.models.layers import Block, MlpBlock, SwiGLU, residual_norm
 from vim.models.layout import TokenLayout, special_positions, split_tokens, to_map, token_layout
+from vim.models.mixers import build_mixer
+from vim.models.patch_embed import PatchEmbed, checked_size, update_model_input_size
 from vim.models.pos_embed import resample_pos_embed
 from vim.models.rope import RotaryEmbedding2d
 from vim.models.tokens import (
     GLOBAL_POOLS,
     check_images,
     checked_pool,
+    drop_tokens,
     embed_tokens,
     order_tokens,
     place_class_token,
@@ -56,7 +54,7 @@ class VisionMamba(nn.Module):
         d_state: states per channel.
         channels: colour channels of the input; `in_chans` is timm's name for it.
         num_classes: classes; 0 leaves the head out.
-        ssm_cfg: further arguments of `Mamba`.
+        ssm_cfg: further arguments of `Mamba`; its `d_state` goes before the one above.
         drop_rate: dropout after the position embedding.
         drop_path_rate: stochastic depth of the last block; block i uses linspace(0, rate, depth) shifted by one.
         norm_epsilon: of the norms.
@@ -72,8 +70,24 @@ class VisionMamba(nn.Module):
         bimamba_type, if_divide_out, init_layer_scale: see `Mamba`.
         if_cls_token: a class token, at the head; in the middle with `use_middle_cls_token`; at both ends with
             `use_double_cls_token`.
+        num_registers: register tokens spread evenly over the patches, read out by the head (arXiv 2405.14858).
+        register_reduce: the head reads each register through a projection to D / register_reduce channels.
+        norm_after_ssm: LayerNorm between the scan and its gate, in the mixer "v2" (arXiv 2502.00594).
+        scan_pool: the mixer "v2" scans one token per row of patches, their "mean" or "max" (arXiv 2502.00594); else
+            "none".
+        scan_pool_scale: factor of the means.
+        scan_pool_alternate: blocks of odd index pool over rows in place of columns.
+        column_major: patches in column order.
+        pad_patches: pad images with zeros until the patches divide them.
+        num_frames: frames of a clip (B, C, T, H, W), which the model then takes in place of images
+            (arXiv 2403.06977); 0 for images.
+        tubelet_size: frames of a patch.
+        mlp_dim: hidden width of a SwiGLU behind every mixer (arXiv 2406.07537); 0 for none.
+        head_drop_rate: dropout before the head.
+        weight_init: "vim" or "videomamba", the published initialisations.
         dynamic_img_size: accept any image size the grid serves in `forward`, resampling the position embedding.
-        in_chans, global_pool: timm's names: channels, and "token", "avg", "max", "last" or "".
+        in_chans, global_pool: channels, and "token", "avg", "max", "last" or "", by timm's names; "registers" or
+            "halves", see `pool_tokens`.
         device, dtype: where and as what the parameters are made; A, D and the step's bias stay float32.
 
     The flags of the published signature do not exclude each other: `use_double_cls_token` goes before
@@ -84,7 +98,7 @@ class VisionMamba(nn.Module):
         ValueError: arguments that cannot be combined, or values out of range, with the reason.
     """
 
-    __jit_unused_properties__ = ("token_layout",)
+    __jit_unused_properties__ = ("token_layout", "head_hidden_size")
 
     def __init__(
         self,
@@ -116,6 +130,19 @@ class VisionMamba(nn.Module):
         init_layer_scale: float | None = None,
         use_double_cls_token: bool = False,
         use_middle_cls_token: bool = False,
+        num_registers: int = 0,
+        register_reduce: int = 1,
+        norm_after_ssm: bool = False,
+        scan_pool: str = "none",
+        scan_pool_scale: float = 1.0,
+        scan_pool_alternate: bool = True,
+        column_major: bool = False,
+        pad_patches: bool = False,
+        num_frames: int = 0,
+        tubelet_size: int = 1,
+        mlp_dim: int = 0,
+        head_drop_rate: float = 0.0,
+        weight_init: str = "vim",
         dynamic_img_size: bool = False,
         in_chans: int | None = None,
         global_pool: str | None = None,
@@ -124,86 +151,107 @@ class VisionMamba(nn.Module):
     ) -> None:
         super().__init__()
         channels = channels if in_chans is None else in_chans
-        for name, value, least in (
-            ("depth", depth, 1), ("embed_dim", embed_dim, 1), ("d_state", d_state, 1), ("in_chans", channels, 1),
-            ("num_classes", num_classes, 0),
-        ):  # fmt: skip
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} is {value!r}, expected a whole number of at least {least}")
-        for name, rate in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate)):
-            if not 0.0 <= rate < 1.0:
-                raise ValueError(f"{name} is {rate!r}, expected a probability below 1")
-        if if_rope_residual and not if_rope:
-            raise ValueError("if_rope_residual needs if_rope=True: there is no rotary table to turn the residual with")
-        if if_rope and embed_dim % 4:
-            raise ValueError(f"if_rope needs embed_dim to be a multiple of 4, got {embed_dim}")
-        if if_bidirectional and depth % 2:
-            raise ValueError(f"if_bidirectional pairs the blocks, so depth must be even, got {depth}")
-        if if_bidirectional and bimamba_type not in ("none", None):
-            raise ValueError(
-                f"if_bidirectional already runs every second block backwards: use bimamba_type='none', "
-                f"got {bimamba_type!r}"
-            )
-        pools = {published: timm_name for timm_name, published in GLOBAL_POOLS.items() if published}
-        if final_pool_type not in pools:
-            raise ValueError(f"final_pool_type is {final_pool_type!r}, expected one of {', '.join(pools)}")
+        check_arguments(
+            depth=depth, embed_dim=embed_dim, d_state=d_state, in_chans=channels, num_classes=num_classes,
+            drop_rate=drop_rate, drop_path_rate=drop_path_rate, head_drop_rate=head_drop_rate,
+            if_bidirectional=if_bidirectional, final_pool_type=final_pool_type, if_rope=if_rope,
+            if_rope_residual=if_rope_residual, bimamba_type=bimamba_type, if_cls_token=if_cls_token,
+            num_registers=num_registers, register_reduce=register_reduce, scan_pool=scan_pool, num_frames=num_frames,
+            tubelet_size=tubelet_size, mlp_dim=mlp_dim, pad_patches=pad_patches, column_major=column_major,
+            weight_init=weight_init,
+        )  # fmt: skip
         factory = {"device": device, "dtype": dtype}
         self.num_classes, self.drop_rate, self.depth = num_classes, drop_rate, depth
-        self.embed_dim = self.num_features = self.head_hidden_size = embed_dim
-        self.in_chans = channels
+        self.embed_dim = self.num_features = embed_dim
+        self.in_chans, self.num_frames, self.weight_init = channels, num_frames, weight_init
         self.if_bidirectional, self.if_rope_residual = if_bidirectional, if_rope_residual
         self.dynamic_img_size, self.grad_checkpointing = dynamic_img_size, False
         self.rms_norm, self.residual_in_fp32 = rms_norm, residual_in_fp32
-        if not if_cls_token:
-            self.class_token = "none"
-        elif use_double_cls_token:
-            self.class_token = "double"
+        self.register_reduce = register_reduce
+        norm_layer: Callable[..., nn.Module] = partial(
+            RMSNorm if rms_norm else nn.LayerNorm, eps=norm_epsilon, **factory
+        )
+
+        # Special tokens, and the pooling that they suggest.
+        default_pool = next(name for name, published in GLOBAL_POOLS.items() if published == final_pool_type)
+        if num_registers:
+            self.class_token, default_pool = "spread", "registers"
+        elif if_cls_token:
+            self.class_token, default_pool = "middle" if use_middle_cls_token else "head", "token"
+            self.class_token = "double" if use_double_cls_token else self.class_token
         else:
-            self.class_token = "middle" if use_middle_cls_token else "head"
-        self.num_prefix_tokens = len(special_positions(self.class_token, 0, 0))
-        default_pool = "token" if if_cls_token else pools[final_pool_type]
+            self.class_token = "none"
+        # Registers have position embeddings of their own; class tokens have rows among those of the patches.
+        self.class_rows = "none" if num_registers else self.class_token
+        self.num_prefix_tokens = len(special_positions(self.class_token, num_registers, 0))
         self.global_pool = checked_pool(global_pool, default_pool, self.class_token)
 
-        self.patch_embed = PatchEmbed(img_size, patch_size, stride, channels, embed_dim, **factory)
-        for name in {"none": [], "double": ["cls_token_head", "cls_token_tail"]}.get(self.class_token, ["cls_token"]):
-            self.register_parameter(name, nn.Parameter(torch.zeros(1, 1, embed_dim, **factory)))
-        num_tokens = self.patch_embed.num_patches + self.num_prefix_tokens
-        pos_embed = nn.Parameter(torch.zeros(1, num_tokens, embed_dim, **factory)) if if_abs_pos_embed else None
-        self.register_parameter("pos_embed", pos_embed)
+        # Tokens and positions.
+        self.patch_embed = PatchEmbed(
+            img_size, patch_size, stride, channels, embed_dim, tubelet=tubelet_size if num_frames else 0,
+            pad=pad_patches, column_major=column_major, **factory,
+        )  # fmt: skip
+        rows = self.patch_embed.num_patches + len(special_positions(self.class_rows, 0, 0))
+        tokens = {
+            "cls_token": num_registers or int(self.class_token in ("head", "middle")),
+            "cls_token_head": int(self.class_token == "double"),
+            "cls_token_tail": int(self.class_token == "double"),
+            "pos_embed": rows * if_abs_pos_embed,
+            "pos_embed_cls": num_registers * if_abs_pos_embed,
+            "temporal_pos_embedding": num_frames // tubelet_size * if_abs_pos_embed,
+        }
+        for name, count in tokens.items():
+            if count:
+                self.register_parameter(name, nn.Parameter(torch.zeros(1, count, embed_dim, **factory)))
+            elif not name.startswith("cls_token"):
+                self.register_parameter(name, None)
         self.pos_drop = nn.Dropout(drop_rate)
         self.rope = RotaryEmbedding2d(embed_dim, self.patch_embed.grid_size, pt_hw_seq_len) if if_rope else None
         if self.rope is not None:
             self.rope.to(device)
 
-        norm_layer: Callable[..., nn.Module] = partial(
-            RMSNorm if rms_norm else nn.LayerNorm, eps=norm_epsilon, **factory
-        )
+        # Blocks.
         rates = [0.0, *(drop_path_rate * i / max(depth - 1, 1) for i in range(depth))]
-        self.layers = nn.ModuleList(
-            Block(
-                Mamba(
-                    embed_dim,
-                    d_state=d_state,
-                    layer_idx=i,
-                    bimamba_type=bimamba_type,
-                    if_divide_out=if_divide_out,
-                    init_layer_scale=init_layer_scale,
-                    **{**factory, **(ssm_cfg or {})},
-                ),
-                norm_layer(embed_dim),
-                rates[i],
-                residual_in_fp32,
-            )
-            for i in range(depth)
-        )
-        self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0.0 else nn.Identity()
+        blocks: list[nn.Module] = []
+        for i in range(depth):
+            mixer = build_mixer(
+                embed_dim, layer_idx=i, bimamba_type=bimamba_type, if_divide_out=if_divide_out,
+                init_layer_scale=init_layer_scale, norm_after_ssm=norm_after_ssm, scan_pool=scan_pool,
+                scan_pool_scale=scan_pool_scale, scan_pool_alternate=scan_pool_alternate,
+                **{**factory, "d_state": d_state, **(ssm_cfg or {})},
+            )  # fmt: skip
+            if mlp_dim:
+                norms, mlp = (norm_layer(embed_dim), norm_layer(embed_dim)), SwiGLU(embed_dim, mlp_dim, **factory)
+                blocks.append(MlpBlock(mixer, norms, mlp, rates[i], residual_in_fp32))
+            else:
+                blocks.append(Block(mixer, norm_layer(embed_dim), rates[i], residual_in_fp32))
+        self.layers = nn.ModuleList(blocks)
+        # A block with an MLP has dropped its output already.
+        self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0.0 and not mlp_dim else nn.Identity()
         self.norm_f = norm_layer(embed_dim)
-        self.head = nn.Linear(embed_dim, num_classes, **factory) if num_classes > 0 else nn.Identity()
+        self.grid_bound = if_rope or (self.layers[0].follows_grid and (scan_pool != "none" or bimamba_type == "v3"))
         reduction = self.patch_embed.feat_ratio()
         self.feature_info = [
             {"module": f"layers.{i}", "num_chs": embed_dim, "reduction": reduction} for i in range(depth)
         ]
+
+        # Head.
+        self.neck: nn.Module = nn.Identity()
+        self.norm_neck: nn.Module = nn.Identity()
+        if self.global_pool == "registers" and register_reduce > 1:
+            norm_neck = nn.RMSNorm if rms_norm else nn.LayerNorm
+            self.neck = nn.Linear(embed_dim, embed_dim // register_reduce, bias=False, **factory)
+            self.norm_neck = norm_neck(embed_dim // register_reduce * num_registers, eps=norm_epsilon, **factory)
+        self.head_drop = nn.Dropout(head_drop_rate)
+        self.head = nn.Linear(self.head_hidden_size, num_classes, **factory) if num_classes > 0 else nn.Identity()
         self.init_weights(needs_reset=False)
+
+    @property
+    def head_hidden_size(self) -> int:
+        """Channels that the head reads."""
+        if self.global_pool == "registers":
+            return self.embed_dim // self.register_reduce * self.num_prefix_tokens
+        return self.embed_dim
 
     @torch.no_grad()
     def init_weights(self, needs_reset: bool = True) -> None:
@@ -213,48 +261,33 @@ class VisionMamba(nn.Module):
             needs_reset: also what the parts initialised themselves when they were built, as after `to_empty`.
         """
         if needs_reset:
-            for layer in self.layers:
-                layer.reset_parameters()
-            self.norm_f.reset_parameters()
+            for module in (*self.layers, self.norm_f, self.neck, self.norm_neck, self.patch_embed.proj):
+                if hasattr(module, "reset_parameters"):
+                    module.reset_parameters()
             if self.rope is not None:
                 self.rope.set_grid(self.patch_embed.grid_size)
-        lecun_normal_(self.patch_embed.proj.weight)
-        nn.init.zeros_(self.patch_embed.proj.bias)
-        for name in ("pos_embed", "cls_token", "cls_token_head", "cls_token_tail"):
-            if getattr(self, name, None) is not None:
-                trunc_normal_(getattr(self, name), std=0.02)
-        self._init_head()
-        for layer in self.layers:
-            for module in layer.mixer.modules():
-                bias = module.bias if isinstance(module, nn.Linear) else None
-                if bias is not None and not getattr(bias, "_no_reinit", False):
-                    nn.init.zeros_(bias)
-            nn.init.kaiming_uniform_(layer.mixer.out_proj.weight, a=5**0.5)
-            layer.mixer.out_proj.weight /= self.depth**0.5
-
-    def _init_head(self) -> None:
-        if isinstance(self.head, nn.Linear):
-            trunc_normal_(self.head.weight, std=0.02)
-            nn.init.zeros_(self.head.bias)
+        (init_videomamba if self.weight_init == "videomamba" else init_vim)(self)
 
     # timm's contract
 
     @property
     def token_layout(self) -> TokenLayout:
         """Where tokens stand for an image of the model's own size; its `grid` is that of the position embedding."""
-        return self._layout(self.patch_embed.grid_size)
+        frames = self.num_frames // self.patch_embed.tubelet if self.num_frames else 1
+        return self._layout(self.patch_embed.grid_size, frames)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names left out of weight decay beyond one-dimensional parameters, as in the published runs."""
-        return {"pos_embed", "cls_token", "cls_token_head", "cls_token_tail"}
+        tokens = {"cls_token", "cls_token_head", "cls_token_tail"}
+        return {"pos_embed", "pos_embed_cls", "temporal_pos_embedding"} | tokens
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Layer groups for layer-wise learning rates: stem, blocks, final norm."""
         return {
-            "stem": r"^cls_token|^pos_embed|^patch_embed|^rope",
-            "blocks": [(r"^layers\.(\d+)", None), (r"^norm_f", (99999,))],
+            "stem": r"^cls_token|^pos_embed|^temporal_pos_embedding|^patch_embed|^rope",
+            "blocks": [(r"^layers\.(\d+)", None), (r"^norm_f|^neck|^norm_neck", (99999,))],
         }
 
     @torch.jit.ignore
@@ -275,15 +308,19 @@ class VisionMamba(nn.Module):
         """
         if not isinstance(num_classes, int) or num_classes < 0:
             raise ValueError(f"num_classes is {num_classes!r}, expected a whole number of at least 0")
-        self.global_pool = checked_pool(global_pool, self.global_pool, self.class_token)
-        self.num_classes = num_classes
+        pool = checked_pool(global_pool, self.global_pool, self.class_token)
+        if pool == "registers" != self.global_pool:
+            raise ValueError("global_pool='registers' cannot be set later: build the model anew")
+        self.global_pool, self.num_classes = pool, num_classes
+        if pool != "registers":
+            self.neck, self.norm_neck = nn.Identity(), nn.Identity()
         self.head = nn.Identity()
         if num_classes > 0:
             weight = self.patch_embed.proj.weight
-            self.head = nn.Linear(self.embed_dim, num_classes, device=weight.device, dtype=weight.dtype)
-            with torch.no_grad():
-                self._init_head()
-        self.head.train(self.training)
+            self.head = nn.Linear(self.head_hidden_size, num_classes, device=weight.device, dtype=weight.dtype)
+            init_head(self.head)
+        for module in (self.neck, self.norm_neck, self.head):
+            module.train(self.training)
 
     def set_input_size(
         self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
@@ -297,17 +334,10 @@ class VisionMamba(nn.Module):
         """
         embed, old_grid = self.patch_embed, self.patch_embed.grid_size
         patch_size = embed.patch_size if patch_size is None else checked_size("patch_size", patch_size)
-        img_size = checked_size("img_size", embed.img_size if img_size is None else img_size, patch_size)
+        least = (1, 1) if embed.pad else patch_size
+        img_size = checked_size("img_size", embed.img_size if img_size is None else img_size, least)
         if patch_size != embed.patch_size:
-            weight = embed.proj.weight
-            stride = patch_size if embed.stride == embed.patch_size else embed.stride
-            new = PatchEmbed(
-                img_size, patch_size, stride, self.in_chans, self.embed_dim, device=weight.device, dtype=weight.dtype
-            )
-            new.proj.weight.data.copy_(resample_patch_embed(weight.data, list(patch_size)))
-            new.proj.bias.data.copy_(embed.proj.bias.data)
-            new.requires_grad_(weight.requires_grad).train(embed.training)
-            self.patch_embed = embed = new
+            self.patch_embed = embed = embed.resized(patch_size, img_size)
             for info in self.feature_info:
                 info["reduction"] = embed.feat_ratio()
         embed.grid_size, embed.img_size = embed.dynamic_feat_size(img_size), img_size
@@ -317,7 +347,7 @@ class VisionMamba(nn.Module):
             return
         if self.pos_embed is not None:
             resampled = resample_pos_embed(
-                self.pos_embed.data, embed.grid_size, class_token=self.class_token, old_grid=old_grid
+                self.pos_embed.data, embed.grid_size, class_token=self.class_rows, old_grid=old_grid
             )
             self.pos_embed = nn.Parameter(resampled, requires_grad=self.pos_embed.requires_grad)
         if self.rope is not None:
@@ -325,7 +355,7 @@ class VisionMamba(nn.Module):
 
     # Forward
 
-    def _class_tokens(self) -> torch.Tensor | None:
+    def _special_tokens(self) -> torch.Tensor | None:
         if hasattr(self, "cls_token_head"):
             return torch.cat([self.cls_token_head, self.cls_token_tail], dim=1)
         elif hasattr(self, "cls_token"):
@@ -336,19 +366,20 @@ class VisionMamba(nn.Module):
     def _embed(
         self, x: torch.Tensor, random_position: bool = False, random_rank: bool = False
     ) -> tuple[torch.Tensor, TokenLayout]:
-        """Image → tokens with class tokens and positions (B, L, D), and their layout."""
-        x = check_images(x, self.in_chans, self.patch_embed.img_size, self.dynamic_img_size)
-        layout = self._layout(self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3])))
+        """Image or clip → tokens with special tokens and positions (B, L, D), and their layout."""
+        x = check_images(x, self.in_chans, self.patch_embed.img_size, self.num_frames, self.dynamic_img_size)
+        frames = x.shape[2] // self.patch_embed.tubelet if self.num_frames else 1
+        layout = self._layout(self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1])), frames)
         layout = place_class_token(layout, random_position)
         tokens = embed_tokens(
-            self.patch_embed(x), self._class_tokens(), self.pos_embed, self.class_token, layout,
-            self.patch_embed.grid_size,
+            self.patch_embed(x), self._special_tokens(), self.pos_embed, self.pos_embed_cls,
+            self.temporal_pos_embedding, self.class_rows, layout, self.patch_embed.grid_size,
         )  # fmt: skip
-        tokens, layout = order_tokens(tokens, layout, random_rank, self.rope is not None)
-        return self.pos_drop(tokens), layout
+        tokens, layout = order_tokens(tokens, layout, random_rank, self.grid_bound)
+        return drop_tokens(tokens, self.pos_drop(tokens), layout, self.class_token), layout
 
-    def _layout(self, grid: tuple[int, int]) -> TokenLayout:
-        return token_layout(self.class_token, self.num_prefix_tokens, grid, 1)
+    def _layout(self, grid: tuple[int, int], frames: int) -> TokenLayout:
+        return token_layout(self.class_token, self.num_prefix_tokens, grid, frames)
 
     def _rotate(self, tokens: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
         if self.rope is not None:
@@ -383,9 +414,9 @@ class VisionMamba(nn.Module):
                 first_hidden, first_residual = hidden, residual
                 layer_hidden, layer_residual = hidden, residual
             if self.grad_checkpointing and not torch.jit.is_scripting():
-                new_hidden, new_residual = checkpoint(layer, layer_hidden, layer_residual, use_reentrant=False)
+                new_hidden, new_residual = checkpoint(layer, layer_hidden, layer_residual, layout, use_reentrant=False)
             else:
-                new_hidden, new_residual = layer(layer_hidden, layer_residual)
+                new_hidden, new_residual = layer(layer_hidden, layer_residual, layout)
             if second and residual is not None:
                 hidden, residual = hidden + new_hidden.flip(1), residual + new_residual.flip(1)
             else:
@@ -417,8 +448,14 @@ class VisionMamba(nn.Module):
         """Images (B, C, H, W) → normalised tokens (B, L, D), class tokens where they sit."""
         return self._features(x)[0]
 
+    def _reduce(self, pooled: torch.Tensor) -> torch.Tensor:
+        if self.global_pool == "registers":
+            return self.norm_neck(self.neck(pooled).flatten(1))
+        else:
+            return pooled
+
     def _classify(self, pooled: torch.Tensor) -> torch.Tensor:
-        logits = self.head(pooled)
+        logits = self.head(self.head_drop(pooled))
         return logits.amax(1) if self.global_pool == "max" else logits
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
@@ -426,7 +463,8 @@ class VisionMamba(nn.Module):
 
         The pools "" and "max" act after the head, per token, so their features keep the token axis (B, L, D).
         """
-        pooled = pool_features(x, self._layout(self.patch_embed.grid_size), self.class_token, self.global_pool)
+        layout = self._layout(self.patch_embed.grid_size, 1)
+        pooled = self._reduce(pool_features(x, layout, self.class_token, self.global_pool))
         return pooled if pre_logits else self._classify(pooled)
 
     def forward(
@@ -446,7 +484,7 @@ class VisionMamba(nn.Module):
             ValueError: images that do not fit, or a probe that this model has no class token or order for.
         """
         tokens, layout = self._features(x, if_random_cls_token_position, if_random_token_rank)
-        return self._classify(pool_tokens(tokens, layout, self.global_pool))
+        return self._classify(self._reduce(pool_tokens(tokens, layout, self.global_pool)))
 
     def forward_intermediates(
         self,
@@ -488,7 +526,11 @@ class VisionMamba(nn.Module):
         prefix: list[torch.Tensor] = []
         for stream in streams:
             class_tokens, patches = split_tokens(stream, layout)
-            maps.append(to_map(patches, layout) if output_fmt == "NCHW" else patches)
+            maps.append(
+                to_map(patches, layout, self.num_frames > 0, self.patch_embed.column_major)
+                if output_fmt == "NCHW"
+                else patches
+            )
             prefix.append(class_tokens)
         if not torch.jit.is_scripting() and return_prefix_tokens:
             # TorchScript knows no list whose elements change their type.

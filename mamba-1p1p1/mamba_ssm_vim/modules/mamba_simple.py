@@ -89,7 +89,7 @@ class Mamba(nn.Module):
     def _add_direction(self, suffix: str, conv_bias: bool, *, own_parameters: bool, **factory) -> None:
         """Parameters of the forward pass (suffix "") or of the backward one ("_b"; A_b_log and D_b as published)."""
         E, N, R = self.d_inner, self.d_state, self.dt_rank
-        a_name, d_name = ("A_log", "D") if suffix == "" else ("A_b_log", "D_b")
+        a_name, d_name = f"A{suffix}_log", f"D{suffix}"
         # A and the step's bias stay float32: exp of a rounded log(n) would move the poles.
         states = torch.arange(1, N + 1, dtype=torch.float32, device=factory["device"])
         self.register_parameter(a_name, nn.Parameter(torch.log(states).repeat(E, 1)))
@@ -125,9 +125,9 @@ class Mamba(nn.Module):
             x_proj_weight=getattr(self, f"x_proj{suffix}").weight,
             dt_proj_weight=dt_proj.weight,
             dt_bias=dt_proj.bias.float(),
-            A=-torch.exp((self.A_b_log if suffix else self.A_log).float()),
-            D=(self.D_b if suffix else self.D).float(),
-            reverse=bool(suffix),
+            A=-torch.exp(getattr(self, f"A{suffix}_log").float()),
+            D=getattr(self, f"D{suffix}").float(),
+            reverse=suffix.endswith("_b"),
         )
 
     def directions(self) -> list[Direction]:

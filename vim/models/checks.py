@@ -1,0 +1,138 @@
+"""What `VisionMamba` asks of its arguments, said in one sentence each."""
+
+from typing import Any
+
+from timm.models._features import feature_take_indices
+
+from vim.models.tokens import GLOBAL_POOLS
+
+WEIGHT_INITS = ("vim", "videomamba")
+
+
+def check_arguments(**given: Any) -> None:
+    """Raise for values out of range and options that exclude each other.
+
+    Args:
+        given: arguments of `VisionMamba` by name; `in_chans` stands for `channels`.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    least = {
+        "depth": 1, "embed_dim": 1, "d_state": 1, "in_chans": 1, "num_classes": 0, "num_registers": 0,
+        "register_reduce": 1, "num_frames": 0, "tubelet_size": 1, "mlp_dim": 0,
+    }  # fmt: skip
+    for name, bound in least.items():
+        value = given[name]
+        if not isinstance(value, int) or value < bound:
+            raise ValueError(f"{name} is {value!r}, expected a whole number of at least {bound}")
+    for name in ("drop_rate", "drop_path_rate", "head_drop_rate"):
+        if not 0.0 <= given[name] < 1.0:
+            raise ValueError(f"{name} is {given[name]!r}, expected a probability below 1")
+    pools = [published for published in GLOBAL_POOLS.values() if published]
+    if given["final_pool_type"] not in pools:
+        raise ValueError(f"final_pool_type is {given['final_pool_type']!r}, expected one of {', '.join(pools)}")
+    if given["weight_init"] not in WEIGHT_INITS:
+        raise ValueError(f"weight_init is {given['weight_init']!r}, expected one of {', '.join(WEIGHT_INITS)}")
+    _check_rotary(given)
+    _check_pairs(given)
+    _check_registers(given)
+    _check_pooled_scan(given)
+    _check_clips(given)
+
+
+def _check_rotary(given: dict[str, Any]) -> None:
+    if given["if_rope_residual"] and not given["if_rope"]:
+        raise ValueError("if_rope_residual needs if_rope=True: there is no rotary table to turn the residual with")
+    if given["if_rope"] and given["embed_dim"] % 4:
+        raise ValueError(f"if_rope needs embed_dim to be a multiple of 4, got {given['embed_dim']}")
+
+
+def _check_pairs(given: dict[str, Any]) -> None:
+    if not given["if_bidirectional"]:
+        return
+    if given["depth"] % 2:
+        raise ValueError(f"if_bidirectional pairs the blocks, so depth must be even, got {given['depth']}")
+    if given["bimamba_type"] not in ("none", None):
+        raise ValueError(
+            f"if_bidirectional already runs every second block backwards: use bimamba_type='none', "
+            f"got {given['bimamba_type']!r}"
+        )
+    if given["mlp_dim"]:
+        raise ValueError("if_bidirectional adds the outputs of two mixers, which mlp_dim would put an MLP between")
+
+
+def _check_registers(given: dict[str, Any]) -> None:
+    registers, reduce = given["num_registers"], given["register_reduce"]
+    if not registers:
+        if reduce != 1:
+            raise ValueError("register_reduce is about registers: give num_registers too")
+        return
+    if given["if_cls_token"]:
+        raise ValueError("registers take the class token's place: use if_cls_token=False with num_registers")
+    if registers % reduce or given["embed_dim"] % reduce:
+        raise ValueError(
+            f"register_reduce is {reduce}: it must divide num_registers ({registers}) and embed_dim "
+            f"({given['embed_dim']})"
+        )
+
+
+def _check_pooled_scan(given: dict[str, Any]) -> None:
+    if given["scan_pool"] == "none":
+        return
+    if given["if_cls_token"] or given["num_registers"]:
+        raise ValueError(
+            "scan_pool pools whole rows of patches: class tokens and registers would fall into one of them, so use "
+            "if_cls_token=False and num_registers=0"
+        )
+
+
+def _check_clips(given: dict[str, Any]) -> None:
+    frames, tubelet = given["num_frames"], given["tubelet_size"]
+    if not frames:
+        if tubelet != 1:
+            raise ValueError("tubelet_size is about clips: give num_frames too")
+        return
+    if frames < tubelet:
+        raise ValueError(f"a clip of num_frames={frames} is shorter than tubelet_size={tubelet}")
+    for name, value, reason in (
+        ("num_registers", given["num_registers"], "are spread over the patches of one image"),
+        ("scan_pool", given["scan_pool"] != "none", "follows the grid of one image"),
+        ("bimamba_type='v3'", given["bimamba_type"] == "v3", "follows the grid of one image"),
+        ("if_rope", given["if_rope"], "follows the grid of one image"),
+        ("pad_patches", given["pad_patches"], "is written for images"),
+        ("column_major", given["column_major"], "is written for images"),
+    ):
+        if value:
+            raise ValueError(f"num_frames cannot be combined with {name}, which {reason}")
+
+
+def checked_indices(depth: int, pairs: bool, indices: int | list[int] | None) -> tuple[list[int], int]:
+    """The blocks that `indices` names, and the last of them (the last of all for pairs counted from the end).
+
+    Args:
+        depth: number of blocks.
+        pairs: blocks work in pairs, so only every second one has features.
+        indices: how many of the last ones, which ones, or None for all.
+
+    Raises:
+        ValueError: blocks that there are not, or the first of a pair.
+    """
+    last_ones = indices is None or isinstance(indices, int)
+    if pairs and last_ones:
+        odd = list(range(1, depth, 2))
+        if indices is not None and not 0 < indices <= len(odd):
+            raise ValueError(f"indices is {indices!r}, but the model has {len(odd)} pairs of blocks")
+        return (odd if indices is None else odd[-indices:]), depth - 1
+    try:
+        if isinstance(indices, int) and indices < 1:
+            raise AssertionError
+        take, last = feature_take_indices(depth, indices if last_ones else list(indices))
+    except (AssertionError, TypeError) as error:
+        raise ValueError(
+            f"indices is {indices!r}: expected how many of the last blocks (1 to {depth}), a list of blocks from "
+            f"{-depth} to {depth - 1}, or None"
+        ) from error
+    if pairs and any(i % 2 == 0 for i in take):
+        raise ValueError(f"blocks work in pairs (if_bidirectional), so indices must be odd, got {take}")
+    return take, last
