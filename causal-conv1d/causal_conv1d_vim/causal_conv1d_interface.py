@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from causal_conv1d_vim.conv import causal_conv1d
 from causal_conv1d_vim.conv import causal_conv1d_ref as token_major_ref
-from causal_conv1d_vim.conv.op import ACTIVATIONS
+from causal_conv1d_vim.conv.op import ACTIVATIONS, check_arguments
+from causal_conv1d_vim.runtime.operators import check, check_integers
 
 
 def causal_conv1d_fn(
@@ -43,7 +44,7 @@ def causal_conv1d_fn(
     """
     if isinstance(seq_idx, str):
         seq_idx, activation = None, seq_idx
-    _check(x, weight, initial_states, activation)
+    _check(x, weight, bias, initial_states, activation)
     tokens, past = x.transpose(1, 2), None if initial_states is None else initial_states.transpose(1, 2)
     if seq_idx is None:
         if not x.is_cpu:
@@ -51,8 +52,7 @@ def causal_conv1d_fn(
             tokens = tokens.contiguous()
         out = causal_conv1d(tokens, weight, bias, activation=activation, initial_state=past)
     else:
-        if seq_idx.shape != tokens.shape[:2]:
-            raise ValueError(f"seq_idx must be (batch, seqlen) = {tuple(tokens.shape[:2])}, got {tuple(seq_idx.shape)}")
+        check_integers("seq_idx", seq_idx, tokens.shape[:2])
         out = _within_sequences(tokens, weight, bias, seq_idx, past, activation)
     out = out.transpose(1, 2)
     if x.stride(2) == 1 and x.stride(1) != 1:
@@ -74,7 +74,7 @@ def causal_conv1d_ref(
     """`causal_conv1d_fn` without `seq_idx`, in plain PyTorch; the fourth argument may be the activation as there."""
     if isinstance(initial_states, str):
         initial_states, activation = None, initial_states
-    _check(x, weight, initial_states, activation)
+    _check(x, weight, bias, initial_states, activation)
     past = None if initial_states is None else initial_states.transpose(1, 2)
     out = token_major_ref(x.transpose(1, 2), weight, bias, past, silu=activation is not None).transpose(1, 2)
     if not return_final_states:
@@ -114,8 +114,7 @@ def causal_conv1d_update(
     """
     if conv_state_indices is None:
         return _update(causal_conv1d, x, conv_state, weight, bias, activation, cache_seqlens)
-    if conv_state_indices.shape != x.shape[:1]:
-        raise ValueError(f"conv_state_indices must be ({x.shape[0]},), got {tuple(conv_state_indices.shape)}")
+    check_integers("conv_state_indices", conv_state_indices, x.shape[:1])
     live = conv_state_indices >= 0
     rows = conv_state_indices[live].long()
     states = conv_state[rows]
@@ -148,7 +147,14 @@ class CausalConv1dFn:
     apply = staticmethod(causal_conv1d_fn)
 
 
-def _check(x: torch.Tensor, weight: torch.Tensor, initial_states: torch.Tensor | None, activation: str | None) -> None:
+def _check(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    initial_states: torch.Tensor | None,
+    activation: str | None,
+) -> None:
+    """Raise for what would be reported in token-major shapes, or not at all, further down."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}, expected None, 'silu' or 'swish'")
     if x.dim() != 3 or weight.dim() != 2 or weight.shape[0] != x.shape[1]:
@@ -159,6 +165,8 @@ def _check(x: torch.Tensor, weight: torch.Tensor, initial_states: torch.Tensor |
         expected = (x.shape[0], x.shape[1], weight.shape[1] - 1)
         if initial_states.shape != expected:
             raise ValueError(f"initial_states must be {expected}, got {tuple(initial_states.shape)}")
+        initial_states = initial_states.transpose(1, 2)
+    check_arguments(x.transpose(1, 2), weight, bias, initial_states)
 
 
 def _within_sequences(
@@ -210,8 +218,10 @@ def _final_states(
             if seq_idx is not None and seqlen:
                 before = before.where((seq_idx[:, :1] == seq_idx[:, -1:]).unsqueeze(1), 0.0)
         states = torch.cat([before, states], dim=-1)
-    # Never a view of x: the caller may go on to overwrite it.
-    return states.clone() if out is None else out.copy_(states)
+    if out is None:
+        return states.clone()  # never a view of x: the caller may go on to overwrite it
+    check((("x", x, None), ("final_states_out", out, states.shape)))
+    return out.copy_(states)
 
 
 def _update(convolve, x, conv_state, weight, bias, activation, cache_seqlens) -> torch.Tensor:
@@ -219,7 +229,7 @@ def _update(convolve, x, conv_state, weight, bias, activation, cache_seqlens) ->
     flat = x.dim() == 2
     if flat:
         x = x.unsqueeze(-1)
-    _check(x, weight, None, activation)
+    _check(x, weight, bias, None, activation)
     batch, dim, seqlen = x.shape
     width, columns = weight.shape[1], conv_state.shape[-1]
     if conv_state.shape != (batch, dim, columns) or columns < width - 1:
@@ -227,8 +237,10 @@ def _update(convolve, x, conv_state, weight, bias, activation, cache_seqlens) ->
             f"conv_state must be ({batch}, {dim}, at least {width - 1}) for width {width}, got "
             f"{tuple(conv_state.shape)}"
         )
-    if cache_seqlens is not None and cache_seqlens.shape != (batch,):
-        raise ValueError(f"cache_seqlens must be ({batch},), got {tuple(cache_seqlens.shape)}")
+    check((("x", x, None), ("conv_state", conv_state, None)))
+    check_integers("cache_seqlens", cache_seqlens, (batch,))
+    if cache_seqlens is not None and not columns:
+        raise ValueError("a circular conv_state needs at least one column, got none")
     # A copy: the state is overwritten below, but backward needs what was in it.
     with torch.no_grad():
         if cache_seqlens is None:

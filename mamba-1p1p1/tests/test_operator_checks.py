@@ -1,12 +1,15 @@
 """What reaches a registered operator or a public function fits, or is refused in a sentence; odd tensors are right."""
 
+import functools
 import itertools
 
 import pytest
 import torch
-from causal_conv1d_vim import causal_conv1d
+from causal_conv1d_vim import causal_conv1d, causal_conv1d_fn, causal_conv1d_update
 from causal_conv1d_vim.runtime.backend import use_backend
 from mamba_ssm_vim import add_norm, selective_scan
+from mamba_ssm_vim.ops.triton.layer_norm import layer_norm_fn, layer_norm_ref
+from mamba_ssm_vim.ops.triton.selective_state_update import selective_state_update, selective_state_update_ref
 
 OPS = torch.ops.vision_mamba
 BATCH, SEQLEN, DIM, N, W = 2, 6, 4, 3, 3
@@ -266,3 +269,59 @@ def test_no_rows_and_no_tokens(call, sizes):
     for a, e in zip(results, expected, strict=True):
         assert a.shape == e.shape
         torch.testing.assert_close(a, e)
+
+
+def steps():
+    """Arguments of the published functions of one step, by name; every tensor may be replaced by a misfit."""
+    state, x, B = torch.zeros(BATCH, DIM, N), randn(BATCH, DIM), randn(BATCH, N)
+    scan = {"state": state, "x": x, "dt": x, "A": -randn(DIM, N).abs(), "B": B, "C": B, "D": randn(DIM), "z": x,
+            "dt_bias": randn(DIM), "state_batch_indices": torch.arange(BATCH)}  # fmt: skip
+    convolution = {"x": x, "conv_state": torch.zeros(BATCH, DIM, W), "weight": randn(DIM, W), "bias": randn(DIM),
+                   "cache_seqlens": torch.zeros(BATCH, dtype=torch.int32)}  # fmt: skip
+    xs = x.unsqueeze(-1).expand(BATCH, DIM, SEQLEN).contiguous()
+    sequence = {"x": xs, "weight": randn(DIM, W), "bias": randn(DIM), "initial_states": randn(BATCH, DIM, W - 1),
+                "final_states_out": torch.zeros(BATCH, DIM, W - 1)}  # fmt: skip
+    packed = {**sequence, "seq_idx": torch.zeros(BATCH, SEQLEN, dtype=torch.int32)}
+    norm = {"x": x, "weight": randn(DIM), "bias": randn(DIM), "residual": x}
+    finals = functools.partial(causal_conv1d_fn, return_final_states=True)
+    return {
+        "selective_state_update": (selective_state_update, scan),
+        "selective_state_update_ref": (selective_state_update_ref, {k: v for k, v in scan.items() if "ind" not in k}),
+        "causal_conv1d_update": (causal_conv1d_update, convolution),
+        "causal_conv1d_fn": (finals, sequence),
+        "causal_conv1d_fn, packed": (finals, packed),
+        "layer_norm_fn": (layer_norm_fn, norm),
+        "layer_norm_ref": (layer_norm_ref, norm),
+    }
+
+
+@pytest.mark.parametrize("name", steps())
+def test_published_functions_refuse_misfits(name):
+    function, arguments = steps()[name]
+    function(**arguments)
+    for argument, t in arguments.items():
+        other = torch.float32 if argument in INDICES else torch.int64
+        misfits = [t.to(other), t.to(torch.complex64), t.to("meta")]
+        if (name, argument) != ("selective_state_update", "state"):  # which may have more rows than the batch
+            misfits.append(torch.cat([t, t[:1]]))
+        if (name, argument) != ("causal_conv1d_update", "x"):  # which may be several tokens
+            misfits.append(t[..., None])
+        for misfit in misfits:
+            fresh = {k: v.clone() for k, v in arguments.items()}
+            with pytest.raises((ValueError, RuntimeError), match=r"\w+ .+ .+"):
+                function(**{**fresh, argument: misfit})
+            # Nothing half-written is left behind in the states.
+            assert all(torch.equal(v, arguments[k]) for k, v in fresh.items())
+
+
+INDICES = ("state_batch_indices", "cache_seqlens", "seq_idx")
+
+
+def test_overlapping_states_are_refused():
+    """A state that is written in place may not share its memory between rows."""
+    for name, argument in (("selective_state_update", "state"), ("causal_conv1d_update", "conv_state")):
+        function, arguments = steps()[name]
+        arguments.pop("state_batch_indices", None), arguments.pop("cache_seqlens", None)
+        arguments[argument] = arguments[argument][:1].expand(BATCH, -1, -1)
+        with pytest.raises(RuntimeError, match="single memory location"):
+            function(**arguments)

@@ -11,7 +11,7 @@ backends = OpBackends("causal_conv1d", "causal_conv1d_vim.conv")
 ACTIVATIONS = (None, "silu", "swish")
 
 
-def _check(x, weight, bias, initial_state) -> None:
+def check_arguments(x, weight, bias, initial_state) -> None:
     """Raise for what the kernels must not meet."""
     shape, taps = x.shape, weight.shape
     if len(shape) != 3 or len(taps) != 2 or taps[0] != shape[2] or not taps[0] or not taps[1]:
@@ -34,19 +34,19 @@ def _forward(
     silu: bool,
     reverse: bool,
 ) -> torch.Tensor:
-    _check(x, weight, bias, initial_state)
+    check_arguments(x, weight, bias, initial_state)
     backend = backends.module(backends.pick(x, weight))
     # A backend may keep x's layout; a graph is promised one.
     return backend.forward(x, weight, bias, initial_state, silu=silu, reverse=reverse).contiguous()
 
 
 def _forward_shapes(x, weight, bias, initial_state, silu, reverse):
-    _check(x, weight, bias, initial_state)
+    check_arguments(x, weight, bias, initial_state)
     return x.new_empty(x.shape)
 
 
 def _check_backward(dout, x, weight, bias, initial_state) -> None:
-    _check(x, weight, bias, initial_state)
+    check_arguments(x, weight, bias, initial_state)
     check((("x", x, None), ("dout", dout, x.shape)), activations=("dout",))
 
 
@@ -138,7 +138,7 @@ def causal_conv1d(
     tensors = (x, weight, bias, initial_state)
     if dispatched(tensors[:2], tensors[2:]):
         return _op(*tensors, activation is not None, reverse)
-    _check(*tensors)
+    check_arguments(*tensors)
     backend = backends.module(backends.pick(x, weight))
     if recording(*tensors):
         return _CausalConv1d.apply(backend, *tensors, activation is not None, reverse)

@@ -15,6 +15,8 @@ from causal_conv1d_vim.runtime.autodiff import recording
 FLOATING = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 COMPLEX = frozenset((torch.complex64, torch.complex128))
 
+_INTEGERS = frozenset((torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8))
+
 _NAMESPACE = "vision_mamba"
 _library = torch.library.Library(_NAMESPACE, "FRAGMENT")
 
@@ -62,6 +64,16 @@ def check_dtype(name: str, dtype: torch.dtype) -> None:
     """
     if dtype not in FLOATING:
         raise ValueError(f"{name} must be float32, bfloat16, float16 or float64, got {dtype}: convert it")
+
+
+def check_integers(name: str, t: torch.Tensor | None, shape: tuple[int, ...]) -> None:
+    """Raise unless a tensor of indices or counts, if there is one, has integers and the shape expected.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if t is not None and (t.shape != shape or t.dtype not in _INTEGERS):
+        raise ValueError(f"{name} must be {tuple(shape)} integers, got {tuple(t.shape)} of {t.dtype}")
 
 
 def _with_dense_tensors(op: torch._ops.OpOverload, kernel: Callable) -> Callable:

@@ -36,7 +36,7 @@ class Mamba(nn.Module):
         if_devide_out: `if_divide_out` as some published code spells it.
 
     Raises:
-        ValueError: unknown `bimamba_type` or `dt_init`.
+        ValueError: unknown `bimamba_type` or `dt_init`, or a size less than 1.
     """
 
     def __init__(
@@ -70,6 +70,17 @@ class Mamba(nn.Module):
             raise ValueError(f"bimamba_type is {bimamba_type!r}, expected one of {', '.join(BIMAMBA_TYPES)}")
         if dt_init not in ("random", "constant"):
             raise ValueError(f"dt_init is {dt_init!r}, expected 'random' or 'constant'")
+        sizes = {
+            "d_model": d_model,
+            "d_state": d_state,
+            "d_conv": d_conv,
+            "d_inner = expand * d_model": expand * d_model,
+        }
+        if dt_rank != "auto":
+            sizes["dt_rank"] = dt_rank
+        for name, size in sizes.items():
+            if int(size) < 1:
+                raise ValueError(f"{name} is {size}, expected at least 1")
         factory = {"device": device, "dtype": dtype}
         self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
         self.d_inner = int(expand * d_model)

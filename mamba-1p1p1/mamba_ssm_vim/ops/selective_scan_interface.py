@@ -9,6 +9,7 @@ from causal_conv1d_vim.conv import causal_conv1d
 
 from mamba_ssm_vim.ops.selective_scan import selective_scan
 from mamba_ssm_vim.ops.selective_scan import selective_scan_ref as token_major_scan_ref
+from mamba_ssm_vim.ops.selective_scan.op import check_arguments
 
 _Optional = torch.Tensor | None
 
@@ -70,9 +71,9 @@ def selective_scan_ref(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`selective_scan_fn` in plain PyTorch."""
     _check_scan(u, delta, A, B, C, z)
-    out, last_state = token_major_scan_ref(
-        *_token_major(u, delta, A, B, C, D, z, delta_bias), delta_softplus=delta_softplus
-    )
+    tensors = _token_major(u, delta, A, B, C, D, z, delta_bias)
+    check_arguments(*tensors, None)
+    out, last_state = token_major_scan_ref(*tensors, delta_softplus=delta_softplus)
     return (out.transpose(1, 2), last_state) if return_last_state else out.transpose(1, 2)
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from causal_conv1d_vim.conv import causal_conv1d
 from causal_conv1d_vim.runtime.autodiff import dispatched, forbid_double_backward, recording
 from causal_conv1d_vim.runtime.backend import forced_backend
+from causal_conv1d_vim.runtime.operators import check
 from causal_conv1d_vim.runtime.registry import OpBackends
 
 from mamba_ssm_vim.ops.selective_scan import selective_scan
@@ -60,9 +61,9 @@ def _one_direction(x: torch.Tensor, z: torch.Tensor, p: Direction) -> torch.Tens
     return out
 
 
-def _fused(xz: torch.Tensor, directions: list[Direction]) -> ModuleType | None:
+def _fused(xz: torch.Tensor, directions: list[Direction], tensors: list[torch.Tensor | None]) -> ModuleType | None:
     """The first backend with a fused mixer that can serve the call; None leaves it to the operators one by one."""
-    if dispatched():
+    if dispatched((xz,), tensors):
         return None
     forced = forced_backend()
     for name in backends.names:
@@ -120,25 +121,17 @@ def _check(xz: torch.Tensor, directions: list[Direction]) -> None:
         )
     dim = xz.shape[2] // 2
     for p in directions:
-        if p.A.dim() != 2 or p.dt_proj_weight.dim() != 2 or p.conv_weight.dim() != 2:
-            raise ValueError("A, dt_proj_weight and conv_weight of a direction must have two dimensions")
-        states, rank = p.A.shape[1], p.dt_proj_weight.shape[1]
-        expected = {
-            "conv_weight": (dim, p.conv_weight.shape[1]),
-            "conv_bias": (dim,),
-            "x_proj_weight": (rank + 2 * states, dim),
-            "dt_proj_weight": (dim, rank),
-            "dt_bias": (dim,),
-            "A": (dim, states),
-            "D": (dim,),
-            "A_back": (dim, states),
-        }
-        for name, shape in expected.items():
-            t = getattr(p, name)
-            if t is not None and t.shape != shape:
-                raise ValueError(f"{name} must be {shape} for xz {tuple(xz.shape)}, got {tuple(t.shape)}")
-            if t is not None and t.is_cpu is not xz.is_cpu:
-                raise ValueError(f"all tensors must be on one device: xz is on {xz.device}, {name} on {t.device}")
+        sizes = [(name, tuple(getattr(p, name).shape)) for name in ("conv_weight", "dt_proj_weight", "A")]
+        for name, size in sizes:
+            if len(size) != 2 or 0 in size:
+                raise ValueError(f"{name} must have two dimensions, neither of them 0, got {size}")
+        (_, width), (_, rank), (_, states) = (size for _, size in sizes)
+        check(
+            (("xz", xz, None), ("conv_weight", p.conv_weight, (dim, width)), ("conv_bias", p.conv_bias, (dim,)),
+             ("x_proj_weight", p.x_proj_weight, (rank + 2 * states, dim)), ("dt_bias", p.dt_bias, (dim,)),
+             ("dt_proj_weight", p.dt_proj_weight, (dim, rank)), ("A", p.A, (dim, states)), ("D", p.D, (dim,)),
+             ("A_back", p.A_back, (dim, states)))
+        )  # fmt: skip
 
 
 def mixer(xz: torch.Tensor, directions: list[Direction], *, scale: float = 1.0) -> torch.Tensor:
@@ -149,15 +142,17 @@ def mixer(xz: torch.Tensor, directions: list[Direction], *, scale: float = 1.0) 
         directions: one or two passes; their outputs are added.
         scale: factor of the sum; Vim halves it.
 
+    xz and the parameters may each be float32, bfloat16 or float16.
+
     Returns:
         (B, L, E) in xz's dtype, the input of out_proj.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes or types that do not fit, or tensors on different devices.
     """
     _check(xz, directions)
-    if (module := _fused(xz, directions)) is not None:
-        tensors = [getattr(direction, name) for direction in directions for name in _FIELDS]
+    tensors = [getattr(direction, name) for direction in directions for name in _FIELDS]
+    if (module := _fused(xz, directions, tensors)) is not None:
         with torch.autocast(xz.device.type, enabled=False):
             if recording(xz, *tensors):
                 return _FusedMixer.apply(module, xz, scale, tuple(d.reverse for d in directions), *tensors)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mamba_ssm_vim.ops.norm import add_norm
+from mamba_ssm_vim.ops.norm.op import check_arguments
 from mamba_ssm_vim.ops.norm.reference import add_norm_ref
 
 _Optional = torch.Tensor | None
@@ -213,6 +214,7 @@ def _norms(
     if rowscale is not None and rowscale.shape != x.shape[:-1]:
         raise ValueError(f"rowscale must be {tuple(x.shape[:-1])}, got {tuple(rowscale.shape)}")
 
+    check_arguments(x, residual, weight, bias, residual_dtype)
     dtype = x.dtype
     if rowscale is not None or dropout_p > 0.0 or x1 is not None:
         # In float32 until the norm has been taken, as if everything were one kernel.

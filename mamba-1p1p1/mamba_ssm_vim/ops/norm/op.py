@@ -9,7 +9,7 @@ from torch import nn
 backends = OpBackends("add_norm", "mamba_ssm_vim.ops.norm")
 
 
-def _check(x, residual, weight, bias, residual_dtype) -> None:
+def check_arguments(x, residual, weight, bias, residual_dtype) -> None:
     """Raise for what the kernels must not meet."""
     shape, of_weight = x.shape, weight.shape
     if not shape or of_weight != shape[-1:] or not shape[-1]:
@@ -42,14 +42,14 @@ def _forward(
     rms: bool,
     residual_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    _check(x, residual, weight, bias, residual_dtype)
+    check_arguments(x, residual, weight, bias, residual_dtype)
     _, y, residual_out, mean, rstd = _run(x, residual, weight, bias, eps, rms, residual_dtype)
     residual_out = _own(residual_out, x)
     return y, residual_out, rstd.new_empty(0) if mean is None else mean, rstd
 
 
 def _forward_shapes(x, residual, weight, bias, eps, rms, residual_dtype):
-    _check(x, residual, weight, bias, residual_dtype)
+    check_arguments(x, residual, weight, bias, residual_dtype)
     statistics = x.new_empty(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32))
     return (
         x.new_empty(x.shape),
@@ -60,7 +60,7 @@ def _forward_shapes(x, residual, weight, bias, eps, rms, residual_dtype):
 
 
 def _check_backward(dy, dresidual_out, residual_out, weight, bias, mean, rstd, rms, x_dtype) -> None:
-    _check(dy, dresidual_out, weight, bias, x_dtype)
+    check_arguments(dy, dresidual_out, weight, bias, x_dtype)
     rows = dy.shape[:-1]
     check((("dy", dy, None), ("residual_out", residual_out, dy.shape), ("mean", mean, (0,) if rms else rows),
            ("rstd", rstd, rows)), activations=("residual_out", "rstd"))  # fmt: skip
@@ -173,7 +173,7 @@ def add_norm(
         residual_dtype = (x if residual is None else residual).dtype
     if dispatched((x, weight), (residual, bias)):
         return _op(x, residual, weight, bias, eps, rms, residual_dtype)[:2]
-    _check(x, residual, weight, bias, residual_dtype)
+    check_arguments(x, residual, weight, bias, residual_dtype)
     if recording(x, residual, weight, bias):
         return _AddNorm.apply(x, residual, weight, bias, eps, rms, residual_dtype)
     return _run(x, residual, weight, bias, eps, rms, residual_dtype)[1:3]

@@ -10,7 +10,7 @@ backends = OpBackends("selective_scan", "mamba_ssm_vim.ops.selective_scan")
 _Optional = torch.Tensor | None
 
 
-def _check(u, delta, A, B, C, D, z, delta_bias, initial_state) -> None:
+def check_arguments(u, delta, A, B, C, D, z, delta_bias, initial_state) -> None:
     """Raise for what the kernels must not meet."""
     shape, of_a = u.shape, A.shape
     if len(shape) != 3 or delta.shape != shape or not shape[2]:
@@ -44,7 +44,7 @@ def _forward(
     u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, D: _Optional, z: _Optional,
     delta_bias: _Optional, initial_state: _Optional, delta_softplus: bool, reverse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    _check(u, delta, A, B, C, D, z, delta_bias, initial_state)
+    check_arguments(u, delta, A, B, C, D, z, delta_bias, initial_state)
     backend = backends.module(backends.pick(u, A, B, C))
     out, last_state, _ = backend.forward(
         u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus=delta_softplus, reverse=reverse, save=False
@@ -57,13 +57,13 @@ def _state_dtype(u: torch.Tensor, A: torch.Tensor) -> torch.dtype:
 
 
 def _forward_shapes(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, reverse):
-    _check(u, delta, A, B, C, D, z, delta_bias, initial_state)
+    check_arguments(u, delta, A, B, C, D, z, delta_bias, initial_state)
     last_state = u.new_empty((u.shape[0], u.shape[2], A.shape[1]), dtype=_state_dtype(u, A))
     return u.new_empty(u.shape), last_state
 
 
 def _check_backward(dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, initial_state) -> None:
-    _check(u, delta, A, B, C, D, z, delta_bias, initial_state)
+    check_arguments(u, delta, A, B, C, D, z, delta_bias, initial_state)
     state = (u.shape[0], *A.shape)
     check(
         (("u", u, None), ("dout", dout, u.shape), ("dlast_state", dlast_state, state)),
@@ -176,7 +176,7 @@ def selective_scan(
     if dispatched(tensors[:5], tensors[5:]):
         out, last_state = _op(*tensors, delta_softplus, reverse)
         return (out, last_state) if return_last_state else out
-    _check(*tensors)
+    check_arguments(*tensors)
     backend = backends.module(backends.pick(u, A, B, C))
     if recording(*tensors):
         out, last_state = _SelectiveScan.apply(backend, delta_softplus, reverse, *tensors)

@@ -2,7 +2,9 @@
 
 import torch
 from causal_conv1d_vim.runtime import triton as triton_runtime
+from causal_conv1d_vim.runtime.autodiff import dispatched
 from causal_conv1d_vim.runtime.backend import forced_backend
+from causal_conv1d_vim.runtime.operators import check_integers
 
 from mamba_ssm_vim.ops.selective_scan import selective_scan
 from mamba_ssm_vim.ops.state_update import triton
@@ -46,7 +48,7 @@ def selective_state_update(
         Like x, in its dtype; the arithmetic is float32.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes or types that do not fit, or tensors on different devices.
     """
     if state_batch_indices is not None:
         return _update_rows(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices)
@@ -81,7 +83,7 @@ def _in_triton(state, x, dt, A, B, C, D, z, dt_bias) -> bool:
     tensors = [t for t in (state, x, dt, A, B, C, D, z, dt_bias) if t is not None]
     return (
         not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
+        and not dispatched(tensors)
         and forced_backend() in (None, "triton")
         and x.numel() > 0
         and state.is_contiguous()
@@ -91,8 +93,9 @@ def _in_triton(state, x, dt, A, B, C, D, z, dt_bias) -> bool:
 
 
 def _update_rows(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, indices) -> torch.Tensor:
-    if indices.shape != x.shape[:1]:
-        raise ValueError(f"state_batch_indices must be ({x.shape[0]},), got {tuple(indices.shape)}")
+    check_integers("state_batch_indices", indices, x.shape[:1])
+    # The rows as they will be, before any of them is picked.
+    check(state.new_empty(1).expand(*x.shape[:1], *state.shape[1:]), x, dt, A, B, C, D, z, dt_bias)
     live = indices >= 0
     rows = indices[live].long()
     states = state[rows]

@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from causal_conv1d_vim.runtime.operators import check as check_tensors
 
 _Optional = torch.Tensor | None
 
@@ -42,20 +43,18 @@ def selective_state_update_ref(
 
 
 def check(state, x, dt, A, B, C, D, z, dt_bias) -> None:
-    """Raise ValueError for shapes that do not fit."""
+    """Raise ValueError for shapes or types that do not fit, or tensors on different devices."""
     if state.dim() not in (3, 4):
         raise ValueError(f"state must be (batch, dim, dstate) or (batch, heads, dim, dstate), got {tuple(state.shape)}")
     batch, *channels, dstate = state.shape
-    for name, t, shape in (
-        ("x", x, (batch, *channels)),
-        ("dt", dt, (batch, *channels)),
-        ("A", A, (*channels, dstate)),
-        ("D", D, tuple(channels)),
-        ("z", z, (batch, *channels)),
-        ("dt_bias", dt_bias, tuple(channels)),
-    ):
-        if t is not None and t.shape != shape:
-            raise ValueError(f"{name} must be {shape} for a state {tuple(state.shape)}, got {tuple(t.shape)}")
+    if 0 in (*channels, dstate):
+        raise ValueError(f"state must have at least one channel and one state, got {tuple(state.shape)}")
+    rows, per_channel = (batch, *channels), tuple(channels)
+    check_tensors(
+        (("x", x, rows), ("state", state, None), ("dt", dt, rows), ("A", A, (*channels, dstate)), ("B", B, None),
+         ("C", C, None), ("D", D, per_channel), ("z", z, rows), ("dt_bias", dt_bias, per_channel)),
+        activations=("dt", "z"),
+    )  # fmt: skip
     for name, t in (("B", B), ("C", C)):
         fits = t.dim() == state.dim() - 1 and t.shape[0] == batch and t.shape[-1] == dstate
         if not fits or (t.dim() == 3 and (t.shape[1] == 0 or channels[0] % t.shape[1])):
