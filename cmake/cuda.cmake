@@ -1,8 +1,10 @@
 # The CUDA libraries of causal_conv1d_vim and mamba_ssm_vim: C functions on device pointers, the CUDA runtime linked in.
 #
-# VIM_BUILD_CUDA (option or environment): AUTO builds them if nvcc is there, OFF or 0 never, ON or 1 fails without nvcc.
+# VIM_BUILD_CUDA (option or environment): AUTO builds them if nvcc and a GPU are there, OFF or 0 never, ON or 1 always
+# and fails without nvcc.
 # VIM_CUDA_ARCHS (option or environment): architectures such as "80;90;100" (commas do too). Default: those of the GPUs
-# that nvidia-smi lists, all three without a GPU. The newest is also included as PTX, for later GPUs.
+# that nvidia-smi lists, all three without a GPU. Naming them counts as having the GPU. The newest is also included as
+# PTX, for later GPUs.
 include_guard()
 
 if(NOT DEFINED VIM_BUILD_CUDA)
@@ -13,16 +15,6 @@ if(VIM_BUILD_CUDA STREQUAL "")
 endif()
 if(NOT VIM_BUILD_CUDA STREQUAL "AUTO" AND NOT VIM_BUILD_CUDA)
   message(STATUS "CUDA kernels: skipped, VIM_BUILD_CUDA is ${VIM_BUILD_CUDA}")
-  return()
-endif()
-
-include(CheckLanguage)
-check_language(CUDA)
-if(NOT CMAKE_CUDA_COMPILER)
-  if(NOT VIM_BUILD_CUDA STREQUAL "AUTO")
-    message(FATAL_ERROR "VIM_BUILD_CUDA is ${VIM_BUILD_CUDA}, but nvcc was not found: put it on the PATH or set CUDACXX")
-  endif()
-  message(STATUS "CUDA kernels: skipped, nvcc was not found; GPUs use the Triton kernels")
   return()
 endif()
 
@@ -38,10 +30,24 @@ if(NOT VIM_CUDA_ARCHS)
     string(REGEX REPLACE "[\r\n]+" ";" VIM_CUDA_ARCHS "${capabilities}")
     list(TRANSFORM VIM_CUDA_ARCHS REPLACE "[. ]" "")
     list(REMOVE_DUPLICATES VIM_CUDA_ARCHS)
+  elseif(VIM_BUILD_CUDA STREQUAL "AUTO")
+    message(STATUS "CUDA kernels: skipped, nvidia-smi lists no GPU; VIM_BUILD_CUDA=1 builds them anyway")
+    return()
   else()
     set(VIM_CUDA_ARCHS 80 90 100)
   endif()
 endif()
+
+include(CheckLanguage)
+check_language(CUDA)
+if(NOT CMAKE_CUDA_COMPILER)
+  if(NOT VIM_BUILD_CUDA STREQUAL "AUTO")
+    message(FATAL_ERROR "VIM_BUILD_CUDA is ${VIM_BUILD_CUDA}, but nvcc was not found: put it on the PATH or set CUDACXX")
+  endif()
+  message(STATUS "CUDA kernels: skipped, nvcc was not found; GPUs use the Triton kernels")
+  return()
+endif()
+
 list(SORT VIM_CUDA_ARCHS COMPARE NATURAL)
 list(GET VIM_CUDA_ARCHS -1 newest)
 if(newest VERSION_LESS 80)

@@ -16,6 +16,9 @@ install_project() {
     echo "== installing requirements.txt (PyTorch with CUDA is a download of several GB the first time)"
     .venv/bin/python -m pip install --quiet --progress-bar on -r requirements.txt
     echo "== installing vision-mamba, compiling its native kernels"
+    if [ -z "${VIM_BUILD_CUDA:-}${VIM_CUDA_ARCHS:-}" ] && ! nvidia-smi -L >/dev/null 2>&1; then
+        echo "CUDA kernels: not compiled, there is no GPU (VIM_BUILD_CUDA=1 compiles them anyway)"
+    fi
     .venv/bin/python -m pip install --quiet -e ".${1:+[$1]}"
     .venv/bin/python - <<'PYTHON'
 from mamba_ssm_vim.cpu_library import library

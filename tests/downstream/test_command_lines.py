@@ -168,11 +168,11 @@ def test_demo_of_something_else_than_a_picture(run_tool, tmp_path):
     ("content", "message"),
     [
         (None, "mmcv is not installed: run bash scripts/install_openmmlab.sh"),
-        ("__version__ = '2.1.0'", "without its compiled operators"),
+        ("__version__ = '2.1.0'", "mmcv's operators cannot be imported"),
     ],
 )
 def test_missing_operators(content, message, tmp_path):
-    """With a stand-in for mmcv before it on the path: none at all, or the bare package that PyPI calls mmcv-lite."""
+    """With a stand-in for mmcv before it on the path: none at all, or one without `mmcv.ops`."""
     if content is None:
         code = "import sys; sys.modules['mmcv'] = None; sys.argv[1:] = ['c.py']; "
     else:

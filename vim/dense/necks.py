@@ -44,7 +44,7 @@ class SimpleFeaturePyramid(BaseModule):
 
     def forward(self, maps: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """One map (B, C, H, W), in a sequence as backbones give it → `num_outs` maps, finest first."""
-        # mmcv's RoIAlign reads memory as if it were contiguous, which what the layer norm gives is not.
+        # mmcv's compiled RoIAlign reads memory as if it were contiguous; what the layer norm gives is not.
         outs = [level(maps[-1]).contiguous() for level in self.levels]
         for _ in range(self.extra):
             outs.append(F.max_pool2d(outs[-1], kernel_size=1, stride=2))

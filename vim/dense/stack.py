@@ -6,22 +6,27 @@ import warnings
 import numpy as np
 import torch
 
+from vim.dense import operators
 from vim.errors import UserError
 
 INSTALL = "bash scripts/install_openmmlab.sh"
 
 
 def require_stack(*packages: str) -> None:
-    """Import mmengine, mmcv with its compiled operators and `packages`, and make mmengine's checkpoints readable.
+    """Import mmengine, mmcv with its operators and `packages`, and make mmengine's checkpoints readable.
+
+    Where mmcv has no compiled operators, those of torchvision stand in for them (`vim.dense.operators`).
 
     Raises:
-        UserError: one is missing or of a version the others refuse, or mmcv came without operators.
+        UserError: one is missing, of a version the others refuse, or compiled for another PyTorch.
     """
     # mmcv imports pkg_resources, which announces its own end; mmdet does so on every import of its registry.
     warnings.filterwarnings("ignore", message="pkg_resources is deprecated", category=UserWarning)
     for package in ("mmengine", "mmcv", *packages):
         try:
             importlib.import_module(package)
+            if package == "mmcv":
+                operators.serve()
         except ModuleNotFoundError as error:
             raise UserError(f"{error.name} is not installed: run {INSTALL}") from error
         except (ImportError, AssertionError) as error:
@@ -30,8 +35,8 @@ def require_stack(*packages: str) -> None:
         importlib.import_module("mmcv.ops")
     except (ImportError, AssertionError) as error:
         raise UserError(
-            f"mmcv was installed without its compiled operators, or for another PyTorch ({_first_line(error)}): "
-            f"run {INSTALL}"
+            "mmcv's operators cannot be imported: it is incomplete or was compiled for another PyTorch "
+            f"({_first_line(error)}): run {INSTALL}"
         ) from error
     _allow_runner_checkpoints()
 
