@@ -8,7 +8,7 @@ import pytest
 import torch
 from mamba_ssm_vim import use_backend
 
-from vim.models import from_published
+from vim.models import from_published, load_into
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "zoo"
 ZOO = {
@@ -66,3 +66,52 @@ def test_float64(tag: str, golden_weights) -> None:
 @pytest.mark.parametrize("tag", PUBLISHED)
 def test_published_sizes(tag: str, golden_weights) -> None:
     compare(tag, golden_weights, torch.float32, 2e-4)
+
+
+@pytest.mark.parametrize("tag", TRANSFER)
+def test_transfer(tag: str, golden_weights) -> None:
+    """Weights of a related model, fitted as the authors do."""
+    origin = ZOO[tag]["weights_from"]
+    source = from_published(ZOO.get(origin["tag"], ZOO[tag])["arch"], origin["model"], **origin["args"])
+    golden_weights.fill(source, origin["tag"])
+    model = golden_weights.fill(build(ZOO[tag]), tag)
+    load_into(model, source.state_dict())
+    golden = np.load(GOLDEN / f"{tag}.npz")
+    if "pos_embed" in golden:
+        np.testing.assert_allclose(model.pos_embed.detach().numpy(), golden["pos_embed"], rtol=0, atol=2e-6)
+    compare(tag, golden_weights, torch.float32, 2e-5, fill=False, model=model)
+
+
+def test_arm_sincos() -> None:
+    golden = np.load(GOLDEN / "arm_sincos.npz")
+    model = build(ZOO["arm_pretrain_d12"])
+    np.testing.assert_allclose(model.pos_embed.numpy()[0], golden["grid12_dim32"], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(
+        model.pos_embed.numpy(), golden["model_pos_embed"].reshape(1, 144, 32), rtol=0, atol=1e-6
+    )
+    assert model.dec_pos_embed.norm().item() == pytest.approx(float(golden["model_dec_pos_embed_norm"]), rel=1e-6)
+    rows = model.mask.view(8, 16, 8, 16)
+    np.testing.assert_array_equal(rows[:, 0, :, 0].numpy(), golden["mask_rows"])
+    assert (rows == rows[:, :1, :, :1]).all()
+
+
+@pytest.mark.parametrize("tag", [tag for tag in ZOO if ZOO[tag]["arch"] == "arm_pretrain"])
+def test_arm_latents_and_predictions(tag: str, golden_weights) -> None:
+    golden, model = np.load(GOLDEN / f"{tag}.npz"), golden_weights.fill(build(ZOO[tag]), tag)
+    with torch.no_grad():
+        latents = model.encode(golden_weights.standard_normal(tuple(ZOO[tag]["input"]), tag + "/input"))
+        prediction = model.decode(latents)
+    np.testing.assert_allclose(latents[:, ::8, :8].numpy(), golden["latent_slice"], rtol=0, atol=2e-4)
+    np.testing.assert_allclose(prediction[:, ::8, :16].numpy(), golden["prediction_slice"], rtol=0, atol=2e-4)
+    assert prediction.norm().item() == pytest.approx(float(golden["prediction_norm"]), rel=1e-4)
+
+
+@pytest.mark.parametrize("tag", [tag for tag in SMALL if ZOO[tag]["arch"] == "mambar"])
+def test_registers(tag: str, golden_weights) -> None:
+    """Positions of the registers, and what the head reads."""
+    golden, model = np.load(GOLDEN / f"{tag}.npz"), golden_weights.fill(build(ZOO[tag]), tag)
+    assert model.token_layout.positions == golden["register_positions"].tolist()
+    with torch.no_grad():
+        tokens = model.forward_features(golden_weights.standard_normal(tuple(ZOO[tag]["input"]), tag + "/input"))
+        features = model.forward_head(tokens, pre_logits=True)
+    np.testing.assert_allclose(features.numpy(), golden["features"], rtol=0, atol=2e-5)

@@ -31,8 +31,9 @@ def resample_pos_embed(
     class_token: str,
     old_grid: tuple[int, int] | None = None,
     new_class_token: str | None = None,
+    antialias: bool = True,
 ) -> torch.Tensor:
-    """Position embeddings of another patch grid: antialiased bicubic for the patches, class rows carried over.
+    """Position embeddings of another patch grid: bicubic for the patches, class rows carried over.
 
     Args:
         pos_embed: (1, T, D), class rows included where `class_token` puts them.
@@ -40,6 +41,7 @@ def resample_pos_embed(
         class_token: where the class rows are, see `special_positions`.
         old_grid: rows and columns that `pos_embed` stands for; None means square, which the log says.
         new_class_token: where they shall be; None keeps the kind, "none" drops them.
+        antialias: widen the kernel where the grid shrinks. It is another kernel where the grid grows, too.
 
     Returns:
         (1, new T, D); the very values where the grid is the same.
@@ -57,7 +59,7 @@ def resample_pos_embed(
             )  # fmt: skip
     if old_grid[0] * old_grid[1] != num_patches:
         raise ValueError(f"{num_patches} position embeddings of patches do not fit a grid of {old_grid}")
-    return resample_grid(pos_embed, new_grid, old_grid, class_token, new_class_token or class_token)
+    return resample_grid(pos_embed, new_grid, old_grid, class_token, new_class_token or class_token, antialias)
 
 
 def resample_grid(
@@ -66,12 +68,13 @@ def resample_grid(
     old_grid: tuple[int, int],
     class_token: str,
     new_class_token: str,
+    antialias: bool,
 ) -> torch.Tensor:
     """`resample_pos_embed` with everything given, in the subset of Python that TorchScript compiles."""
     class_rows, patches = split_tokens(pos_embed, token_layout(class_token, 0, old_grid, 1))
     if old_grid[0] != new_grid[0] or old_grid[1] != new_grid[1]:
         patches = resample_abs_pos_embed(
-            patches, [new_grid[0], new_grid[1]], [old_grid[0], old_grid[1]], num_prefix_tokens=0
+            patches, [new_grid[0], new_grid[1]], [old_grid[0], old_grid[1]], num_prefix_tokens=0, antialias=antialias
         )
     layout = token_layout(new_class_token, 0, new_grid, 1)
     if len(layout.positions) > class_rows.shape[1]:

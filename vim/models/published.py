@@ -20,6 +20,8 @@ _DEFAULTS: dict[str, Any] = {
     "fused_add_norm": False, "residual_in_fp32": False,
 }  # fmt: skip
 _FUSED: dict[str, Any] = {"rms_norm": True, "fused_add_norm": True, "residual_in_fp32": True}
+# The authors resample position embeddings without antialiasing.
+_PLAIN: dict[str, Any] = {"pos_embed_antialias": False}
 _V2: dict[str, Any] = {"bimamba_type": "v2", "if_divide_out": True}
 
 
@@ -27,7 +29,7 @@ def _mambar(num_cls_tokens: int, cls_reduce: int, **args: Any) -> nn.Module:
     if num_cls_tokens < 1:
         raise ValueError("Mamba-R reads its registers out: num_cls_tokens must be at least 1")
     return VisionMamba(
-        **args, **_V2, stride=args["patch_size"], if_abs_pos_embed=True, num_registers=num_cls_tokens,
+        **args, **_V2, **_PLAIN, stride=args["patch_size"], if_abs_pos_embed=True, num_registers=num_cls_tokens,
         register_reduce=cls_reduce,
     )  # fmt: skip
 
@@ -59,7 +61,8 @@ def _videomamba(bimamba: bool, **args: Any) -> nn.Module:
         args["tubelet_size"], args["head_drop_rate"] = args.pop("kernel_size", 1), args.pop("fc_drop_rate", 0.0)
         args = {"num_frames": 8, **args, "stride": args["patch_size"]}
     return VisionMamba(
-        **{"stride": 16, **args}, bimamba_type="v2" if bimamba else "none", if_cls_token=True, if_abs_pos_embed=True,
+        **{"stride": 16, **_PLAIN, **args}, bimamba_type="v2" if bimamba else "none", if_cls_token=True,
+        if_abs_pos_embed=True,
         weight_init="videomamba",
     )  # fmt: skip
 
@@ -81,7 +84,7 @@ def _arm_finetune(global_pool: bool, if_devide_out: bool, **args: Any) -> nn.Mod
         if not args.pop(name):
             raise ValueError(f"ARM always has a class token in the middle: {name} must be True")
     return VisionMamba(
-        **_arm(args), if_divide_out=if_devide_out, if_cls_token=True, use_middle_cls_token=True,
+        **_arm(args), **_PLAIN, if_divide_out=if_devide_out, if_cls_token=True, use_middle_cls_token=True,
         mlp_dim=args["embed_dim"] * 8 // 3, global_pool="halves" if global_pool else "token",
     )  # fmt: skip
 

@@ -83,6 +83,7 @@ def embed_tokens(
     class_token: str,
     layout: TokenLayout,
     own_grid: tuple[int, int],
+    antialias: bool,
 ) -> torch.Tensor:
     """Patch tokens (B, M, D) → the sequence (B, L, D) with special tokens and position embedding.
 
@@ -95,6 +96,7 @@ def embed_tokens(
         class_token: where the rows of class tokens in `pos_embed` are, see `special_positions`.
         layout: of the sequence.
         own_grid: rows and columns that `pos_embed` stands for.
+        antialias: see `resample_pos_embed`.
     """
     tokens = patches
     if special is not None:
@@ -102,7 +104,7 @@ def embed_tokens(
     if pos_embed is None:
         return tokens
     if layout.grid[0] != own_grid[0] or layout.grid[1] != own_grid[1]:
-        pos_embed = resample_grid(pos_embed, layout.grid, own_grid, class_token, class_token)
+        pos_embed = resample_grid(pos_embed, layout.grid, own_grid, class_token, class_token, antialias)
     if special_pos_embed is not None:
         pos_embed = join_tokens(special_pos_embed, pos_embed, layout)
     if temporal_pos_embed is not None:

@@ -85,6 +85,7 @@ class VisionMamba(nn.Module):
         mlp_dim: hidden width of a SwiGLU behind every mixer (arXiv 2406.07537); 0 for none.
         head_drop_rate: dropout before the head.
         weight_init: "vim" or "videomamba", the published initialisations.
+        pos_embed_antialias: antialias the position embedding when it is resampled.
         dynamic_img_size: accept any image size the grid serves in `forward`, resampling the position embedding.
         in_chans, global_pool: channels, and "token", "avg", "max", "last" or "", by timm's names; "registers" or
             "halves", see `pool_tokens`.
@@ -143,6 +144,7 @@ class VisionMamba(nn.Module):
         mlp_dim: int = 0,
         head_drop_rate: float = 0.0,
         weight_init: str = "vim",
+        pos_embed_antialias: bool = True,
         dynamic_img_size: bool = False,
         in_chans: int | None = None,
         global_pool: str | None = None,
@@ -167,7 +169,7 @@ class VisionMamba(nn.Module):
         self.if_bidirectional, self.if_rope_residual = if_bidirectional, if_rope_residual
         self.dynamic_img_size, self.grad_checkpointing = dynamic_img_size, False
         self.rms_norm, self.residual_in_fp32 = rms_norm, residual_in_fp32
-        self.register_reduce = register_reduce
+        self.register_reduce, self.pos_embed_antialias = register_reduce, pos_embed_antialias
         norm_layer: Callable[..., nn.Module] = partial(
             RMSNorm if rms_norm else nn.LayerNorm, eps=norm_epsilon, **factory
         )
@@ -347,7 +349,11 @@ class VisionMamba(nn.Module):
             return
         if self.pos_embed is not None:
             resampled = resample_pos_embed(
-                self.pos_embed.data, embed.grid_size, class_token=self.class_rows, old_grid=old_grid
+                self.pos_embed.data,
+                embed.grid_size,
+                class_token=self.class_rows,
+                old_grid=old_grid,
+                antialias=self.pos_embed_antialias,
             )
             self.pos_embed = nn.Parameter(resampled, requires_grad=self.pos_embed.requires_grad)
         if self.rope is not None:
@@ -373,7 +379,7 @@ class VisionMamba(nn.Module):
         layout = place_class_token(layout, random_position)
         tokens = embed_tokens(
             self.patch_embed(x), self._special_tokens(), self.pos_embed, self.pos_embed_cls,
-            self.temporal_pos_embedding, self.class_rows, layout, self.patch_embed.grid_size,
+            self.temporal_pos_embedding, self.class_rows, layout, self.patch_embed.grid_size, self.pos_embed_antialias,
         )  # fmt: skip
         tokens, layout = order_tokens(tokens, layout, random_rank, self.grid_bound)
         return drop_tokens(tokens, self.pos_drop(tokens), layout, self.class_token), layout
