@@ -1,6 +1,6 @@
 """Vision Mamba models, registered with timm on import."""
 
-from vim.models import registry
+from vim.models import registry, zoo
 from vim.models.checkpoint import CheckpointError, extract_state_dict, load_checkpoint, load_into
 from vim.models.published import from_published
 from vim.models.vision_mamba import VisionMamba
@@ -13,4 +13,5 @@ __all__ = [
     "load_checkpoint",
     "load_into",
     "registry",
+    "zoo",
 ]

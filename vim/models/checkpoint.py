@@ -294,8 +294,11 @@ def load_into(
     _adapt_first_conv(state, model, own)
     left_out = []
     if reset_head:
+        # Mamba-R's registers belong to its head, which reads each of them.
+        registers = ("neck.", "norm_neck.", "cls_token", "pos_embed_cls") if "pos_embed_cls" in own else ()
+        heads = ("head.", *registers)
         left_out = sorted(
-            n for n, t in state.items() if n.startswith("head.") and (n not in own or own[n].shape != t.shape)
+            n for n, t in state.items() if n.startswith(heads) and (n not in own or own[n].shape != t.shape)
         )
         for name in left_out:
             _logger.warning(

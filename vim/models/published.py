@@ -25,10 +25,10 @@ _PLAIN: dict[str, Any] = {"pos_embed_antialias": False}
 _V2: dict[str, Any] = {"bimamba_type": "v2", "if_divide_out": True}
 
 
-def _mambar(num_cls_tokens: int, cls_reduce: int, **args: Any) -> nn.Module:
+def _mambar(num_cls_tokens: int, cls_reduce: int, **args: Any) -> dict[str, Any]:
     if num_cls_tokens < 1:
         raise ValueError("Mamba-R reads its registers out: num_cls_tokens must be at least 1")
-    return VisionMamba(
+    return dict(
         **args, **_V2, **_PLAIN, stride=args["patch_size"], if_abs_pos_embed=True, num_registers=num_cls_tokens,
         register_reduce=cls_reduce,
     )  # fmt: skip
@@ -37,30 +37,30 @@ def _mambar(num_cls_tokens: int, cls_reduce: int, **args: Any) -> nn.Module:
 def _fastvim(
     stride: Any, scanpath_type: str, use_norm_after_ssm: bool, rotate_every_block: bool, collapse_method: str,
     scaling_factor: float, **args: Any,
-) -> nn.Module:  # fmt: skip
+) -> dict[str, Any]:  # fmt: skip
     # The published model takes `stride` and does not use it.
     if scanpath_type not in ("rowwise", "colwise"):
         raise ValueError(f"scanpath_type is {scanpath_type!r}, expected 'rowwise' or 'colwise'")
-    return VisionMamba(
+    return dict(
         **args, **_V2, stride=args["patch_size"], pad_patches=True, column_major=scanpath_type == "colwise",
         norm_after_ssm=use_norm_after_ssm, scan_pool=collapse_method, scan_pool_scale=scaling_factor,
         scan_pool_alternate=rotate_every_block,
     )  # fmt: skip
 
 
-def _vim_layernorm(use_norm_after_ssm: bool, **args: Any) -> nn.Module:
+def _vim_layernorm(use_norm_after_ssm: bool, **args: Any) -> dict[str, Any]:
     for name in ("scanpath_type", "rotate_every_block", "collapse_method", "scaling_factor"):
         args.pop(name, None)
-    return VisionMamba(**args, **_V2, norm_after_ssm=use_norm_after_ssm)
+    return dict(**args, **_V2, norm_after_ssm=use_norm_after_ssm)
 
 
-def _videomamba(bimamba: bool, **args: Any) -> nn.Module:
+def _videomamba(bimamba: bool, **args: Any) -> dict[str, Any]:
     for name in ("use_checkpoint", "checkpoint_num"):  # memory of the authors' training; see set_grad_checkpointing
         args.pop(name, None)
     if args.get("num_frames") or "kernel_size" in args or "fc_drop_rate" in args:
         args["tubelet_size"], args["head_drop_rate"] = args.pop("kernel_size", 1), args.pop("fc_drop_rate", 0.0)
         args = {"num_frames": 8, **args, "stride": args["patch_size"]}
-    return VisionMamba(
+    return dict(
         **{"stride": 16, **_PLAIN, **args}, bimamba_type="v2" if bimamba else "none", if_cls_token=True,
         if_abs_pos_embed=True,
         weight_init="videomamba",
@@ -79,24 +79,25 @@ def _arm(args: dict[str, Any]) -> dict[str, Any]:
     return args
 
 
-def _arm_finetune(global_pool: bool, if_devide_out: bool, **args: Any) -> nn.Module:
+def _arm_finetune(global_pool: bool, if_devide_out: bool, **args: Any) -> dict[str, Any]:
+    args = _arm(args)
     for name in ("if_cls_token", "use_middle_cls_token"):
         if not args.pop(name):
             raise ValueError(f"ARM always has a class token in the middle: {name} must be True")
-    return VisionMamba(
-        **_arm(args), **_PLAIN, if_divide_out=if_devide_out, if_cls_token=True, use_middle_cls_token=True,
+    return dict(
+        **args, **_PLAIN, if_divide_out=if_devide_out, if_cls_token=True, use_middle_cls_token=True,
         mlp_dim=args["embed_dim"] * 8 // 3, global_pool="halves" if global_pool else "token",
     )  # fmt: skip
 
 
-def _arm_pretrain(**args: Any) -> nn.Module:
+def _arm_pretrain(**args: Any) -> dict[str, Any]:
     args = _arm(args)
     for name in ("rms_norm", "fused_add_norm", "residual_in_fp32", "num_classes", "drop_rate", "drop_path_rate",
                  "final_pool_type", "if_cls_token", "norm_epsilon"):  # fmt: skip
         args.pop(name, None)
     if not args.pop("if_abs_pos_embed"):
         raise ValueError("ARM's pretraining has fixed sine-cosine positions: if_abs_pos_embed must be True")
-    return ArmPretraining(**args)
+    return args
 
 
 _FASTVIM: dict[str, Any] = {
@@ -106,8 +107,8 @@ _FASTVIM: dict[str, Any] = {
 }  # fmt: skip
 _ARM: dict[str, Any] = {**_DEFAULTS, "stride": 16, "if_abs_pos_embed": False, "bimamba_type": "none"}
 # Arguments of the published classes with their defaults, and what builds the model from them.
-_ARCHITECTURES: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
-    "vim": (VisionMamba, {}),
+_ARCHITECTURES: dict[str, tuple[Callable[..., dict[str, Any]], dict[str, Any]]] = {
+    "vim": (dict, {}),
     "mambar": (_mambar, {**_DEFAULTS, "num_cls_tokens": 1, "cls_reduce": 1}),
     "fastvim": (_fastvim, _FASTVIM),
     "vim_layernorm": (_vim_layernorm, {**_FASTVIM, "if_cls_token": True, "use_middle_cls_token": True}),
@@ -186,21 +187,26 @@ def from_published(architecture: str, model: str | None = None, **arguments: Any
     """
     if architecture not in _ARCHITECTURES:
         architecture, model = _of_constructor(architecture), architecture
-    build, defaults = _ARCHITECTURES[architecture]
+    own_arguments = translate_arguments(architecture, model, **arguments)
+    return ArmPretraining(**own_arguments) if architecture == "arm_pretrain" else VisionMamba(**own_arguments)
+
+
+def translate_arguments(architecture: str, model: str | None = None, **arguments: Any) -> dict[str, Any]:
+    """The arguments of this project's class that `from_published` builds; see there."""
+    translate, defaults = _ARCHITECTURES[architecture]
     if model is not None and model.rpartition(".")[2] not in _CLASSES:
-        pattern = dict(_CONSTRUCTORS)[architecture]
-        match = re.fullmatch(pattern, model)
+        match = re.fullmatch(dict(_CONSTRUCTORS).get(architecture, ""), model)
         size = match.group(1) if match else model
-        if size not in _SIZES[architecture]:
-            raise ValueError(f"{architecture} has no model {model!r}: its sizes are {', '.join(_SIZES[architecture])}")
-        defaults = {**defaults, **_FUSED, **_SIZES[architecture][size]}
+        if size not in (sizes := _SIZES.get(architecture, {})):
+            raise ValueError(f"{architecture} has no model {model!r}: its sizes are {', '.join(sizes)}")
+        defaults = {**defaults, **_FUSED, **sizes[size]}
     if architecture == "videomamba" and model is not None and model.startswith("video."):
         arguments = {"num_frames": 8, **arguments}
     if architecture != "vim":
         known = {*defaults, *_FURTHER.get(architecture, ())}
         if unknown := sorted(set(arguments) - known):
             raise TypeError(f"{architecture} has no argument {', '.join(unknown)}: it takes {', '.join(sorted(known))}")
-    return build(**{**defaults, **arguments})
+    return translate(**{**defaults, **arguments})
 
 
 def _of_constructor(name: str) -> str:

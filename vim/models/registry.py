@@ -39,7 +39,8 @@ _SUFFIX = "bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2"
 _SUFFIX_BASE = "bimambav2_final_pool_mean_abs_pos_embed_with_middle_cls_token_div2"
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
+def config(**kwargs: Any) -> dict[str, Any]:
+    """timm's pretrained configuration, Vim's unless `kwargs` say otherwise."""
     return {
         "num_classes": 1000,
         "input_size": (3, 224, 224),
@@ -60,7 +61,7 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 
 
 def _hub(repository: str, filename: str) -> dict[str, Any]:
-    return _cfg(hf_hub_id=f"hustvl/{repository}", hf_hub_filename=filename)
+    return config(hf_hub_id=f"hustvl/{repository}", hf_hub_filename=filename)
 
 
 _SMALL_IMAGE = {"input_size": (3, 32, 32), "num_classes": 10, "crop_pct": 1.0, "license": "apache-2.0"}
@@ -76,8 +77,8 @@ default_cfgs = generate_default_cfgs(
     {
         **{f"{short}.midclstok_in1k": cfg for short, (_, cfg) in _TAGGED.items()},
         **{f"{short}_{suffix}.midclstok_in1k": cfg for short, (suffix, cfg) in _TAGGED.items()},
-        "vim_nano_patch4_32.untrained": _cfg(**_SMALL_IMAGE),
-        "vim_nano_patch4_stride2_32.untrained": _cfg(**_SMALL_IMAGE),
+        "vim_nano_patch4_32.untrained": config(**_SMALL_IMAGE),
+        "vim_nano_patch4_stride2_32.untrained": config(**_SMALL_IMAGE),
     }
 )
 
@@ -112,18 +113,22 @@ def _with_weights(variant: str, cfg: Any, overlay: dict[str, Any] | None, cache_
     """The overlay of the pretrained configuration with the weights in it, read by this project's loader.
 
     So a file and a hub download end in the same weights, are read without running code whatever timm's version, and
-    fail with one sentence. Sources that timm names itself (`hf-hub:`, `local-dir:`, URLs) are left to timm.
+    fail with one sentence. Sources that timm names itself (`hf-hub:`, `local-dir:`) are left to timm.
     """
     overlay = dict(overlay or {})
     cfg = resolve_pretrained_cfg(variant, cfg, overlay)
-    if cfg.state_dict or cfg.url or cfg.source in ("hf-hub", "local-dir"):
+    if cfg.state_dict or cfg.source in ("hf-hub", "local-dir"):
         return overlay
     folder = _weights_folder() if cache_dir is None else Path(cache_dir)
     if cfg.file:
         source = str(cfg.file)
+    elif cfg.url:
+        source = str(folder / Path(cfg.url).name)
+        if not Path(source).is_file():
+            _download(cfg.url, Path(source))
     elif not cfg.hf_hub_id:
         raise CheckpointError(
-            f"no weights are published for {variant}: pass pretrained=False, or "
+            f"no file of published weights is known for {variant}: pass pretrained=False, or "
             "pretrained_cfg_overlay=dict(file='/path/to/weights.pth')"
         )
     elif not cfg.hf_hub_filename:
@@ -142,15 +147,26 @@ def _with_weights(variant: str, cfg: Any, overlay: dict[str, Any] | None, cache_
             f"{cfg.hf_hub_filename} from huggingface.co/{cfg.hf_hub_id} on a machine with a network and put it into "
             f"{folder}, or pass pretrained_cfg_overlay=dict(file='/path/to/{cfg.hf_hub_filename}')"
         ) from error
-    # The accuracy of the base model is that of its averaged weights.
-    use_ema = variant.startswith("vim_base") and has_ema(checkpoint)
+    # The authors' accuracies of these models are those of averaged weights.
+    use_ema = variant.startswith(("vim_base", "fastvim")) and has_ema(checkpoint)
     state_dict = extract_state_dict(checkpoint, use_ema=use_ema)
     if "head.weight" in state_dict:
         overlay.setdefault("num_classes", len(state_dict["head.weight"]))
     return {**overlay, "file": None, "state_dict": {"model": state_dict, "grid": stored_grid(checkpoint)}}
 
 
-def _create(variant: str, pretrained: bool, **kwargs: Any) -> VisionMamba:
+def _download(url: str, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        torch.hub.download_url_to_file(url, str(path), progress=False)
+    except OSError as error:
+        raise CheckpointError(
+            f"{url} could not be downloaded ({error}): get it on a machine with a network and put it into {path.parent}"
+        ) from error
+
+
+def create(variant: str, pretrained: bool, **kwargs: Any) -> VisionMamba:
+    """timm's factory for a registered model of this project, with its own loading of weights."""
     # timm's factory passes these to every model, set or not.
     for name in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
         if kwargs.get(name, 0) is None:
@@ -181,7 +197,7 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> VisionMamba:
 
 
 def _published(variant: str, pretrained: bool, args: dict[str, Any], kwargs: dict[str, Any]) -> VisionMamba:
-    return _create(variant, pretrained, **{**_PUBLISHED, **args, **kwargs})
+    return create(variant, pretrained, **{**_PUBLISHED, **args, **kwargs})
 
 
 @register_model

@@ -19,12 +19,12 @@ from torch.utils.checkpoint import checkpoint
 
 from vim.models.checkpoint import checkpoint_filter_fn
 from vim.models.checks import check_arguments, checked_indices
-from vim.models.initialisation import init_head, init_videomamba, init_vim
+from vim.models.contract import TimmContract
+from vim.models.initialisation import init_videomamba, init_vim
 from vim.models.layers import Block, MlpBlock, SwiGLU, residual_norm
 from vim.models.layout import TokenLayout, special_positions, split_tokens, to_map, token_layout
 from vim.models.mixers import build_mixer
-from vim.models.patch_embed import PatchEmbed, checked_size, update_model_input_size
-from vim.models.pos_embed import resample_pos_embed
+from vim.models.patch_embed import PatchEmbed
 from vim.models.rope import RotaryEmbedding2d
 from vim.models.tokens import (
     GLOBAL_POOLS,
@@ -43,7 +43,7 @@ from vim.models.tokens import (
 __all__ = ["VisionMamba", "checkpoint_filter_fn"]
 
 
-class VisionMamba(nn.Module):
+class VisionMamba(TimmContract):
     """Vision Mamba classifier and backbone. Arguments carry their published names and defaults.
 
     Args:
@@ -98,8 +98,6 @@ class VisionMamba(nn.Module):
     Raises:
         ValueError: arguments that cannot be combined, or values out of range, with the reason.
     """
-
-    __jit_unused_properties__ = ("token_layout", "head_hidden_size")
 
     def __init__(
         self,
@@ -248,13 +246,6 @@ class VisionMamba(nn.Module):
         self.head = nn.Linear(self.head_hidden_size, num_classes, **factory) if num_classes > 0 else nn.Identity()
         self.init_weights(needs_reset=False)
 
-    @property
-    def head_hidden_size(self) -> int:
-        """Channels that the head reads."""
-        if self.global_pool == "registers":
-            return self.embed_dim // self.register_reduce * self.num_prefix_tokens
-        return self.embed_dim
-
     @torch.no_grad()
     def init_weights(self, needs_reset: bool = True) -> None:
         """Published initialisation.
@@ -269,95 +260,6 @@ class VisionMamba(nn.Module):
             if self.rope is not None:
                 self.rope.set_grid(self.patch_embed.grid_size)
         (init_videomamba if self.weight_init == "videomamba" else init_vim)(self)
-
-    # timm's contract
-
-    @property
-    def token_layout(self) -> TokenLayout:
-        """Where tokens stand for an image of the model's own size; its `grid` is that of the position embedding."""
-        frames = self.num_frames // self.patch_embed.tubelet if self.num_frames else 1
-        return self._layout(self.patch_embed.grid_size, frames)
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Names left out of weight decay beyond one-dimensional parameters, as in the published runs."""
-        tokens = {"cls_token", "cls_token_head", "cls_token_tail"}
-        return {"pos_embed", "pos_embed_cls", "temporal_pos_embedding"} | tokens
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Layer groups for layer-wise learning rates: stem, blocks, final norm."""
-        return {
-            "stem": r"^cls_token|^pos_embed|^temporal_pos_embedding|^patch_embed|^rope",
-            "blocks": [(r"^layers\.(\d+)", None), (r"^norm_f|^neck|^norm_neck", (99999,))],
-        }
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in backward instead of keeping its activations."""
-        self.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """The head."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the head by a new one, or by none for 0 classes, and optionally the pooling.
-
-        Raises:
-            ValueError: a number of classes that is none, or an unknown pooling.
-        """
-        if not isinstance(num_classes, int) or num_classes < 0:
-            raise ValueError(f"num_classes is {num_classes!r}, expected a whole number of at least 0")
-        pool = checked_pool(global_pool, self.global_pool, self.class_token)
-        if pool == "registers" != self.global_pool:
-            raise ValueError("global_pool='registers' cannot be set later: build the model anew")
-        self.global_pool, self.num_classes = pool, num_classes
-        if pool != "registers":
-            self.neck, self.norm_neck = nn.Identity(), nn.Identity()
-        self.head = nn.Identity()
-        if num_classes > 0:
-            weight = self.patch_embed.proj.weight
-            self.head = nn.Linear(self.head_hidden_size, num_classes, device=weight.device, dtype=weight.dtype)
-            init_head(self.head)
-        for module in (self.neck, self.norm_neck, self.head):
-            module.train(self.training)
-
-    def set_input_size(
-        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
-    ) -> None:
-        """Change the image size, the patch size or both, resampling position embedding and patch filters.
-
-        With a new patch size the stride follows if it was the patch size, else it stays.
-
-        Raises:
-            ValueError: sizes that are none, or an image smaller than a patch.
-        """
-        embed, old_grid = self.patch_embed, self.patch_embed.grid_size
-        patch_size = embed.patch_size if patch_size is None else checked_size("patch_size", patch_size)
-        least = (1, 1) if embed.pad else patch_size
-        img_size = checked_size("img_size", embed.img_size if img_size is None else img_size, least)
-        if patch_size != embed.patch_size:
-            self.patch_embed = embed = embed.resized(patch_size, img_size)
-            for info in self.feature_info:
-                info["reduction"] = embed.feat_ratio()
-        embed.grid_size, embed.img_size = embed.dynamic_feat_size(img_size), img_size
-        if update_model_input_size is not None:
-            update_model_input_size(self, img_size, patch_size=embed.patch_size, stride=embed.stride)
-        if embed.grid_size == old_grid:
-            return
-        if self.pos_embed is not None:
-            resampled = resample_pos_embed(
-                self.pos_embed.data,
-                embed.grid_size,
-                class_token=self.class_rows,
-                old_grid=old_grid,
-                antialias=self.pos_embed_antialias,
-            )
-            self.pos_embed = nn.Parameter(resampled, requires_grad=self.pos_embed.requires_grad)
-        if self.rope is not None:
-            self.rope.set_grid(embed.grid_size)
 
     # Forward
 
@@ -544,19 +446,3 @@ class VisionMamba(nn.Module):
         if intermediates_only:
             return maps
         return self._final_norm(hidden, residual), maps
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop the blocks after the last one in `indices`, and the norm and head if asked; gives the indices kept.
-
-        Raises:
-            ValueError: indices that the depth does not have.
-        """
-        take, last = checked_indices(len(self.layers), self.if_bidirectional, indices)
-        self.layers = self.layers[: last + 1]
-        if prune_norm:
-            self.norm_f = None
-        if prune_head:
-            self.reset_classifier(0)
-        return take
