@@ -13,7 +13,7 @@ import timm
 import torch
 
 import vim  # noqa: F401  registers the models
-from vim.errors import UserError
+from vim.errors import USER_ERRORS, UserError
 from vim.models import CheckpointError, VisionMamba, extract_state_dict, load_checkpoint, load_into
 
 # Float32 logits of order 1 to 10, the operators of both runtimes summing in different orders.
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
     """Exit status: 0, or 2 with one line that says what is wrong."""
     try:
         run(argv)
-    except UserError as error:
+    except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -2,6 +2,8 @@
 
 import pickle
 import shutil
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -47,6 +49,20 @@ def test_flags(refused, tree):
     refused(*MODEL, *data, "--src", words="--ThreeAugment")
     refused(*MODEL, *data, "--batch-size", "7", words="must be even")
     refused("--eval", *MODEL, *data, words="--resume")
+
+
+def test_environment(refused, tree, monkeypatch, tmp_path):
+    """Before anything is written; a name in the environment is read when a process starts, so one is started."""
+    monkeypatch.setenv("VIM_BACKEND", "gpu")
+    refused(*MODEL, "--data-path", tree, words="VIM_BACKEND is 'gpu', but the backends are cuda, triton, cpu")
+    monkeypatch.setenv("VIM_BACKEND", "")
+    monkeypatch.setenv("VIM_CPU_ISA", "sse9")
+    command = [sys.executable, "-m", "vim.main", *MODEL, "--data-path", tree, "--device", "cpu"]
+    done = subprocess.run([*command, "--output_dir", tmp_path / "output"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: VIM_CPU_ISA is 'sse9', but it is none of baseline, avx2")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "output").exists()
 
 
 def test_model(refused, tree):

@@ -19,7 +19,7 @@ from vim.engine.build import build_model
 from vim.engine.distributed import choose_place
 from vim.engine.evaluation import evaluate
 from vim.engine.reporting import Reporter
-from vim.errors import UserError
+from vim.errors import USER_ERRORS, UserError
 from vim.models import extract_state_dict, load_into
 
 PANEL = 32
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     output_dir = parser.parse_args(argv).output_dir
     try:
         written = report(output_dir)
-    except UserError as error:
+    except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     best = max(record["test_acc1"] for record in read_log(output_dir / "log.txt"))

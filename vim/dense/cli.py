@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from vim.dense.stack import require_stack
-from vim.errors import UserError
+from vim.errors import USER_ERRORS, UserError
 
 # Package and registry scope of each task.
 TASKS = {"seg": "mmseg", "det": "mmdet"}
@@ -23,7 +23,7 @@ def run_main(main: Callable[[list[str] | None], Any], argv: list[str] | None = N
 
     try:
         main(argv)
-    except (UserError, CheckpointError) as error:
+    except (*USER_ERRORS, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -1,6 +1,7 @@
 """From flags to a finished run: build data, model and optimizer, then train or evaluate."""
 
 import argparse
+import importlib
 import json
 import logging
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from causal_conv1d_vim.runtime.backend import forced_backend
 from torch import nn
 
 from vim.data import build_datasets, build_loaders, seed_all
@@ -24,7 +26,7 @@ from vim.engine.losses import Objective
 from vim.engine.reporting import Reporter
 from vim.engine.state import TrainState
 from vim.engine.training import train_one_epoch
-from vim.errors import UserError
+from vim.errors import USER_ERRORS, UserError
 
 _logger = logging.getLogger("vision_mamba")
 
@@ -49,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     set_up_logging()
     try:
         run(argv)
-    except UserError as error:
+    except USER_ERRORS as error:
         # A loader's worker passes its error on with its traceback before it.
         print(f"error: {str(error).rsplit('UserError: ', 1)[-1].strip()}", file=sys.stderr)
         return 2
@@ -59,16 +61,25 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def _check_environment(place: Place) -> None:
+    """Raise what the operators would, but before there is any output."""
+    forced_backend()
+    if place.device.type == "cpu":
+        importlib.import_module("mamba_ssm_vim.cpu_library")
+
+
 def run(argv: list[str] | None = None) -> dict[str, float]:
     """Train or evaluate as the flags say; gives the last figures, with "stopped" among them if a signal ended the run.
 
     Raises:
+        BackendError: VIM_BACKEND or VIM_CPU_ISA asks for what there is not.
         UserError: see `parse_args`, `build_datasets`, `build_model`, and the checkpoint's and output folder's errors.
     """
     args = parse_args(argv)
     place = choose_place(args)
     if not place.is_main:
         _logger.setLevel(logging.ERROR)
+    _check_environment(place)
     checkpoint = checkpoints.read(args.resume, args.output_dir) if args.resume else None
     own = checkpoint is not None and checkpoints.is_own(checkpoint)
     if own:

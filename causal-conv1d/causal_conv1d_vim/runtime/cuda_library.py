@@ -40,7 +40,10 @@ class CudaLibrary:
     def _load(self) -> None:
         found = [p for path in self._paths if (p := Path(path) / "_lib" / self._name).is_file()]
         if not found:
-            self._reason = f"the CUDA library {self._name} was not built; install with nvcc on the PATH and a GPU or VIM_BUILD_CUDA=1"
+            self._reason = (
+                f"the CUDA library {self._name} was not built; install with nvcc on the PATH and a GPU or "
+                "VIM_BUILD_CUDA=1"
+            )
             return
         try:
             self.bind(ctypes.CDLL(str(found[0])))
