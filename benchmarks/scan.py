@@ -10,8 +10,10 @@ for batches of 1 and 8 (columns over_reference_*: how many times faster the nati
 import argparse
 import csv
 import ctypes
+import os
 import statistics
-import struct
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,19 +34,28 @@ import matplotlib.pyplot as plt
 PER_UPDATE = {"avx512": 11, "avx2": 10, "baseline": 18}
 PER_UPDATE_BACKWARD = {"avx512": 19, "avx2": 18, "baseline": 28}
 PER_ELEMENT = 45
+ISA_FLAGS = {  # as in CMakeLists.txt
+    "avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "baseline": [],
+}
 REFERENCE = ("over_reference_fwd", "over_reference_fwd_bwd")
 
 
 def fma_rate(seconds: float = 0.2) -> float:
     """Multiply-add operations (vector lanes) per second on one core, the best of many short runs."""
-    run = library.function("vim_fma_rate")
-    flops = ctypes.c_double()
-    args = struct.pack("=2q", 200_000, ctypes.addressof(flops))
+    source = Path(__file__).with_name("fma_rate.cpp")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "fma_rate.so"
+        flags = ["-O3", "-ffp-contract=fast", "-shared", "-fPIC", *ISA_FLAGS[library.instruction_set]]
+        includes = ["-I", str(source.parents[1] / "causal-conv1d/csrc")]
+        subprocess.run([os.environ.get("CXX", "c++"), *flags, *includes, str(source), "-o", str(path)], check=True)
+        run = ctypes.CDLL(str(path)).fma_rate
+    run.argtypes, run.restype = [ctypes.c_int64], ctypes.c_double
     best, stop = 0.0, time.perf_counter() + seconds
     while time.perf_counter() < stop:
         start = time.perf_counter()
-        run(args)
-        best = max(best, flops.value / 2 / (time.perf_counter() - start))
+        best = max(best, run(200_000) / (time.perf_counter() - start))
     return best
 
 

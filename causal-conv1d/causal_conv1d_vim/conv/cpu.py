@@ -4,23 +4,26 @@ x (B, L, E) may be a view of a channel-first (B, E, L): other kernels then go al
 like it.
 """
 
-import struct
-
 import torch
 
 import causal_conv1d_vim
 from causal_conv1d_vim.conv.reference import ConvGradients
 from causal_conv1d_vim.runtime import cpu_library
-from causal_conv1d_vim.runtime.cpu_library import DTYPES, plain, pointer, rows
+from causal_conv1d_vim.runtime.tensors import DTYPES, address, cast_like, plain, rows
+
+ARGUMENTS = cpu_library.Arguments(
+    "batch len dim width silu reverse threads accumulate_dx x:tokens out:tokens dx:tokens "
+    "weight bias initial dinitial dweight dbias"
+)
+PROJECT_ARGUMENTS = cpu_library.Arguments("project_weight outputs projected", base=ARGUMENTS)
 
 library = cpu_library.Library("vim_conv", causal_conv1d_vim.__path__)
-_forward = library.function("vim_conv_forward")
-_backward = library.function("vim_conv_backward")
-_rows_forward = library.function("vim_conv_rows_forward")
-_rows_backward = library.function("vim_conv_rows_backward")
-_project = library.function("vim_conv_project")
-_pack = struct.Struct("=26q").pack
-_pack_project = struct.Struct("=29q").pack
+_forward = library.function("vim_conv_forward", ARGUMENTS)
+_backward = library.function("vim_conv_backward", ARGUMENTS)
+_rows_forward = library.function("vim_conv_rows_forward", ARGUMENTS)
+_rows_backward = library.function("vim_conv_rows_backward", ARGUMENTS)
+_project = library.function("vim_conv_project", PROJECT_ARGUMENTS)
+_pack = ARGUMENTS.pack
 
 MAX_WIDTH = 16
 _PARALLEL_FROM = 1 << 15  # elements; fewer are done before a second thread has woken up
@@ -85,7 +88,7 @@ def forward(
             _pack(
                 batch, seqlen, dim, width, silu, reverse, _threads(x), 0,
                 x.data_ptr(), DTYPES[x.dtype], xs[0], xs[step], out.data_ptr(), DTYPES[out.dtype], os[0], os[step],
-                0, 0, 0, 0, weight.data_ptr(), pointer(bias), pointer(initial_state), 0, 0, 0,
+                0, 0, 0, 0, weight.data_ptr(), address(bias), address(initial_state), 0, 0, 0,
             )
         )  # fmt: skip
     return out
@@ -116,12 +119,12 @@ def forward_projected(
     if out.numel():
         xs = x.stride()
         _project(
-            _pack_project(
+            _pack(
                 batch, seqlen, dim, weight.shape[1], silu, reverse, _threads(x), 0,
                 x.data_ptr(), DTYPES[x.dtype], xs[0], xs[1], out.data_ptr(), DTYPES[out.dtype], seqlen * dim, dim,
-                0, 0, 0, 0, weight.data_ptr(), pointer(bias), 0, 0, 0, 0,
-                project_weight.data_ptr(), project_weight.shape[0], projected.data_ptr(),
+                0, 0, 0, 0, weight.data_ptr(), address(bias), 0, 0, 0, 0,
             )
+            + PROJECT_ARGUMENTS.pack(project_weight.data_ptr(), project_weight.shape[0], projected.data_ptr())
         )  # fmt: skip
     return out, projected
 
@@ -167,13 +170,8 @@ def backward(
         _pack(
             batch, seqlen, dim, width, silu, reverse, _threads(x), accumulate,
             x.data_ptr(), DTYPES[x.dtype], xs[0], xs[step], dout.data_ptr(), DTYPES[dout.dtype], os[0], os[step],
-            dx.data_ptr(), DTYPES[dx.dtype], ds[0], ds[step], weight32.data_ptr(), pointer(bias32), pointer(initial32),
-            pointer(dinitial), dweight.data_ptr(), pointer(dbias),
+            dx.data_ptr(), DTYPES[dx.dtype], ds[0], ds[step], weight32.data_ptr(), address(bias32), address(initial32),
+            address(dinitial), dweight.data_ptr(), address(dbias),
         )
     )  # fmt: skip
-    return ConvGradients(
-        dx,
-        dweight.to(weight.dtype),
-        None if bias is None else dbias.to(bias.dtype),
-        None if initial_state is None else dinitial.to(initial_state.dtype),
-    )
+    return ConvGradients(dx, cast_like(dweight, weight), cast_like(dbias, bias), cast_like(dinitial, initial_state))

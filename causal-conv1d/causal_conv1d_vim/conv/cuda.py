@@ -6,7 +6,8 @@ import torch
 
 import causal_conv1d_vim
 from causal_conv1d_vim.conv.reference import ConvGradients
-from causal_conv1d_vim.runtime.cuda_library import DATA_TYPES, CudaLibrary, address, int32, int64, pointer
+from causal_conv1d_vim.runtime.cuda_library import CudaLibrary, int32, int64, pointer
+from causal_conv1d_vim.runtime.tensors import DTYPES, address, cast_like, rows
 
 library = CudaLibrary(
     causal_conv1d_vim.__path__,
@@ -50,23 +51,16 @@ def why_not(x: torch.Tensor, weight: torch.Tensor | None = None) -> str | None:
     """None if these kernels can serve a call on `x` (B, L, E) and `weight` (E, W), else the reason."""
     if (reason := library.why_not(x)) is not None:
         return reason
-    if x.dtype not in DATA_TYPES:
-        return f"{x.dtype} is not among float32, bfloat16 and float16"
     if weight is not None and not 2 <= weight.shape[1] <= 4:
         return f"the width is {weight.shape[1]}, not 2 to 4"
     return None
-
-
-def _rows(t: torch.Tensor) -> torch.Tensor:
-    """The tensor itself if its channels are neighbours in memory, else a contiguous copy."""
-    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def _arguments(x, weight, bias, initial_state, silu, reverse, **tensors) -> tuple[ConvArgs, list]:
     """The argument block, and the tensors that must outlive the launch call."""
     if not 2 <= weight.shape[1] <= 4:
         raise ValueError(f"the convolution's width is {weight.shape[1]}; the CUDA kernels take 2 to 4")
-    x = _rows(x)
+    x = rows(x)
     weight = weight.float().contiguous()
     bias = None if bias is None else bias.float().contiguous()
     if initial_state is not None:
@@ -79,7 +73,7 @@ def _arguments(x, weight, bias, initial_state, silu, reverse, **tensors) -> tupl
             setattr(args, f"{name}_batch", t.stride(0))
             setattr(args, f"{name}_token", t.stride(1))
     args.batch, args.seqlen, args.dim = x.shape
-    args.width, args.type, args.silu, args.reverse = weight.shape[1], DATA_TYPES[x.dtype], silu, reverse
+    args.width, args.type, args.silu, args.reverse = weight.shape[1], DTYPES[x.dtype], silu, reverse
     return args, list(named.values())
 
 
@@ -128,17 +122,12 @@ def backward(
         floats = library.query("vim_conv_backward_workspace", *x.shape)
         args, _alive = _arguments(
             x, weight, bias, initial_state, silu, reverse,
-            dout=_rows(dout.to(x.dtype)), dx=dx, dinitial_state=dinitial, dweight=dweight, dbias=dbias,
+            dout=rows(dout.to(x.dtype)), dx=dx, dinitial_state=dinitial, dweight=dweight, dbias=dbias,
             workspace=torch.empty(floats, dtype=torch.float32, device=x.device),
         )  # fmt: skip
         args.accumulate_dx = accumulate
         library.launch("vim_conv_backward", args, x)
-    return ConvGradients(
-        dx,
-        dweight.to(weight.dtype),
-        None if dbias is None else dbias.to(bias.dtype),
-        None if dinitial is None else dinitial.to(initial_state.dtype),
-    )
+    return ConvGradients(dx, cast_like(dweight, weight), cast_like(dbias, bias), cast_like(dinitial, initial_state))
 
 
 def _pair_arguments(x, weights, biases) -> tuple[ConvPairArgs, list]:
@@ -153,7 +142,7 @@ def _pair_arguments(x, weights, biases) -> tuple[ConvPairArgs, list]:
     for way in range(2):
         args.weight[way], args.bias[way] = address(weights[way]), address(biases[way])
     args.batch, args.seqlen, args.dim = x.shape
-    args.width, args.type = weights[0].shape[1], DATA_TYPES[x.dtype]
+    args.width, args.type = weights[0].shape[1], DTYPES[x.dtype]
     return args, [weights, biases]
 
 

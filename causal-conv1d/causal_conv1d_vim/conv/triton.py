@@ -6,7 +6,8 @@ import torch
 
 from causal_conv1d_vim.conv.reference import ConvGradients
 from causal_conv1d_vim.runtime import triton as triton_runtime
-from causal_conv1d_vim.runtime.triton import guard, interpreting, rows
+from causal_conv1d_vim.runtime.tensors import cast_like, rows
+from causal_conv1d_vim.runtime.triton import guard, interpreting
 
 MAX_WIDTH = 8
 TILE_T = 16
@@ -95,8 +96,5 @@ def backward(
             HAS_BIAS=bias is not None, HAS_STATE=state is not None, SILU=silu, REVERSE=reverse, ADD=accumulate, **meta,
         )  # fmt: skip
     return ConvGradients(
-        dx,
-        dweight.sum(0).t().to(weight.dtype),
-        None if bias is None else dbias.sum(0).to(bias.dtype),
-        dstate,
+        dx, cast_like(dweight.sum(0).t(), weight), cast_like(dbias.sum(0), bias), cast_like(dstate, initial_state)
     )

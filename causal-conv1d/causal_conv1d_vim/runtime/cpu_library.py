@@ -11,6 +11,7 @@ import logging
 import os
 import platform
 import re
+import struct
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,8 +19,8 @@ from pathlib import Path
 import torch
 
 from causal_conv1d_vim.runtime.backend import BackendError
+from causal_conv1d_vim.runtime.tensors import unsupported_dtype
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 
 # Parameters of glibc's mallopt, and the values set by `_keep_freed_memory`.
@@ -28,6 +29,35 @@ _KEPT_BYTES, _LARGEST_KEPT_BLOCK = 1 << 30, 32 << 20
 
 _logger = logging.getLogger("vision_mamba")
 _SUFFIXES = (".dylib", ".so") if sys.platform == "darwin" else (".so",)
+
+
+class Arguments:
+    """A struct of the C interface: the names of its eight-byte fields in the order of the header, and how to pack them.
+
+    Args:
+        fields: names separated by spaces; `name:double` is a floating-point number, `name:tokens` the four fields of a
+            `Tokens` (common/tokens.h), all others are integers or addresses.
+        base: the struct with which this one starts.
+
+    Attributes:
+        fields: the name of every eight-byte field; those of `Tokens` as `name.data`, `name.dtype` and so on.
+        pack: the fields' values, without those of `base`, to bytes.
+        size: bytes, `base` included.
+    """
+
+    TOKENS = ("data", "dtype", "batch_stride", "token_stride")
+
+    def __init__(self, fields: str, base: "Arguments | None" = None) -> None:
+        own: list[str] = []
+        codes = "="
+        for field in fields.split():
+            name, _, kind = field.partition(":")
+            own += [f"{name}.{part}" for part in self.TOKENS] if kind == "tokens" else [name]
+            codes += {"": "q", "double": "d", "tokens": "4q"}[kind]
+        layout = struct.Struct(codes)
+        self.fields = (*(base.fields if base else ()), *own)
+        self.size = (base.size if base else 0) + layout.size
+        self.pack = layout.pack
 
 
 class Library:
@@ -76,13 +106,14 @@ class Library:
         self._library = library
         _keep_freed_memory()
 
-    def function(self, name: str) -> Callable[[bytes], None]:
+    def function(self, name: str, arguments: Arguments) -> Callable[[bytes], None]:
         """The C function `name`, to be called with the bytes of its argument struct.
 
         Without a library calls raise its reason.
 
         Raises:
-            BackendError: the library was compiled from sources of another version.
+            BackendError: the library was compiled from sources of another version: it lacks the function, or its struct
+                of arguments has another size.
         """
         if self._library is None:
             reason = self.reason
@@ -92,15 +123,22 @@ class Library:
 
             return unavailable
         try:
-            function = getattr(self._library, name)
+            function, size = getattr(self._library, name), getattr(self._library, f"{name}_size")
         except AttributeError:
-            raise BackendError(
-                f"the native CPU library {self._library._name} lacks {name}: it was compiled from other sources than "
-                "these; install again (pip install -e ., or scripts/build_native.sh)"
-            ) from None
+            raise BackendError(self._other_sources(f"lacks {name}")) from None
+        size.restype = ctypes.c_int64
+        if size() != arguments.size:
+            problem = f"takes {size()} bytes of arguments in {name} instead of {arguments.size}"
+            raise BackendError(self._other_sources(problem))
         function.argtypes = [ctypes.c_char_p]
         function.restype = None
         return function
+
+    def _other_sources(self, problem: str) -> str:
+        return (
+            f"the native CPU library {self._library._name} {problem}: it was compiled from other sources than these; "
+            "install again (pip install -e ., or scripts/build_native.sh)"
+        )
 
 
 @functools.cache
@@ -142,23 +180,6 @@ def _gomp_parallel() -> int | None:
     return None
 
 
-def rows(t: torch.Tensor) -> torch.Tensor:
-    """`t` with adjacent elements along its last dimension, copied only if they are not."""
-    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
-
-
-def plain(t: torch.Tensor | None) -> torch.Tensor | None:
-    """`t` as a contiguous float32 tensor, copied only if it is not one."""
-    if t is None or (t.dtype is torch.float32 and t.is_contiguous()):
-        return t
-    return t.to(torch.float32).contiguous()
-
-
-def pointer(t: torch.Tensor | None) -> int:
-    """Address of the first element; 0 for None."""
-    return 0 if t is None else t.data_ptr()
-
-
 def why_not(library: Library, *tensors: torch.Tensor | None) -> str | None:
     """Why the library cannot serve these tensors, or None. The first tensor decides the dtype of the call."""
     if library.reason is not None:
@@ -166,7 +187,4 @@ def why_not(library: Library, *tensors: torch.Tensor | None) -> str | None:
     for t in tensors:
         if t is not None and not t.is_cpu:
             return f"a tensor is on {t.device.type}"
-    dtype = tensors[0].dtype
-    if dtype not in DTYPES:
-        return f"{dtype} is none of float32, bfloat16, float16"
-    return None
+    return unsupported_dtype(tensors[0])

@@ -9,14 +9,9 @@ from pathlib import Path
 
 import torch
 
-DATA_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+from causal_conv1d_vim.runtime.tensors import unsupported_dtype
 
 int64, int32, float32, pointer = ctypes.c_int64, ctypes.c_int32, ctypes.c_float, ctypes.c_void_p
-
-
-def address(t: torch.Tensor | None) -> int | None:
-    """Data pointer of a tensor, None for None."""
-    return None if t is None else t.data_ptr()
 
 
 class CudaLibrary:
@@ -64,7 +59,7 @@ class CudaLibrary:
         self._library, self._reason, self._checked = library, None, {}
 
     def why_not(self, x: torch.Tensor) -> str | None:
-        """None if this library can run on x's device, else the reason."""
+        """None if this library can run on x's device and takes its dtype, else the reason."""
         if not x.is_cuda or torch.version.hip is not None:
             return f"the tensors are on {x.device.type if not x.is_cuda else 'a ROCm device'}, not on a CUDA device"
         if self._library is None and self._reason is None:
@@ -74,7 +69,7 @@ class CudaLibrary:
         index = x.device.index
         if index not in self._checked:
             self._checked[index] = self._why_not_device(torch.cuda.get_device_capability(index))
-        return self._checked[index]
+        return self._checked[index] or unsupported_dtype(x)
 
     def _why_not_device(self, capability: tuple[int, int]) -> str | None:
         """Machine code runs on its own major version from its minor on; the newest is also there as PTX."""

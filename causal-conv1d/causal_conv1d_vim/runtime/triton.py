@@ -1,4 +1,4 @@
-"""What the Triton backends share: whether Triton can run here, strides, and a bearable interpreter."""
+"""What the Triton backends share: whether Triton can run, the device of a launch, and a bearable interpreter."""
 
 import importlib
 from types import ModuleType
@@ -6,8 +6,7 @@ from types import ModuleType
 import torch
 
 from causal_conv1d_vim.runtime.backend import forced_backend
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from causal_conv1d_vim.runtime.tensors import unsupported_dtype
 
 _probed: dict[tuple[str, int | None], str | None] = {}
 _interpreting: bool | None = None
@@ -30,8 +29,8 @@ def interpreting() -> bool:
 
 def why_not(x: torch.Tensor) -> str | None:
     """None if Triton kernels can run on x, else the reason. Cheap after the first call for a device."""
-    if x.dtype not in DTYPES:
-        return f"{x.dtype} is not among float32, bfloat16 and float16"
+    if (reason := unsupported_dtype(x)) is not None:
+        return reason
     if not x.is_cuda:
         if x.device.type == "cpu" and forced_backend() == "triton" and interpreting():
             return None
@@ -56,16 +55,6 @@ def _probe(device: torch.device) -> str | None:
     except Exception as error:
         return f"a Triton kernel cannot be built or launched: {str(error).splitlines()[0] if str(error) else error!r}"
     return None
-
-
-def rows(t: torch.Tensor | None) -> torch.Tensor | None:
-    """The tensor itself if its last axis is contiguous, else a contiguous copy."""
-    return t if t is None or t.stride(-1) == 1 else t.contiguous()
-
-
-def is_cuda_target(x: torch.Tensor) -> bool:
-    """Whether kernels for x's device are assembled by NVIDIA's compiler (so that PTX may be written inline)."""
-    return x.is_cuda and torch.version.hip is None and not interpreting()
 
 
 def multiprocessors(x: torch.Tensor) -> int:

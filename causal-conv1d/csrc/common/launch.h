@@ -41,3 +41,10 @@ int launch(void (*kernel)(Args), dim3 grid, int threads, size_t shared_bytes, vo
 #else
 #include "cuda_emulation.h"
 #endif
+
+namespace vim {
+
+// What a launcher returns besides CUDA's own error codes, which are positive.
+enum Status : int { kOk = 0, kUnsupported = -1 };
+
+}  // namespace vim

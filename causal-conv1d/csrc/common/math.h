@@ -1,20 +1,17 @@
-// Scalar arithmetic of the kernels: inline for the device and for the host, so that CPU tests cover it.
+// Arithmetic of the CUDA kernels: inline for the device and for the host, so that CPU tests cover it. The vectors of the CPU
+// kernels have theirs in simd_math.h.
 #pragma once
 
 #include <cmath>
 
-#ifdef __CUDACC__
-#define VIM_STEP __host__ __device__ __forceinline__
-#else
-#define VIM_STEP inline
-#endif
+#include "common/launch.h"
 
 namespace vim {
 
 constexpr float kLog2E = 1.4426950408889634f;
 
 // 2^x. On the device the special function unit: relative error 2^-22, tiny results flushed to zero.
-VIM_STEP float exp2_fast(float x) {
+VIM_HD float exp2_fast(float x) {
 #ifdef __CUDA_ARCH__
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -24,7 +21,7 @@ VIM_STEP float exp2_fast(float x) {
 #endif
 }
 
-VIM_STEP float reciprocal_fast(float x) {
+VIM_HD float reciprocal_fast(float x) {
 #ifdef __CUDA_ARCH__
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -35,17 +32,17 @@ VIM_STEP float reciprocal_fast(float x) {
 }
 
 // 1 / (1 + e^-x); the exponential is bounded so that no infinity reaches the reciprocal.
-VIM_STEP float sigmoid(float x) { return reciprocal_fast(1.0f + exp2_fast(fminf(-x * kLog2E, 126.0f))); }
+VIM_HD float sigmoid(float x) { return reciprocal_fast(1.0f + exp2_fast(fminf(-x * kLog2E, 126.0f))); }
 
-VIM_STEP float silu(float x) { return x * sigmoid(x); }
+VIM_HD float silu(float x) { return x * sigmoid(x); }
 
 // d silu(x) / dx, given s = sigmoid(x).
-VIM_STEP float silu_slope(float x, float s) { return s * (1.0f + x * (1.0f - s)); }
+VIM_HD float silu_slope(float x, float s) { return s * (1.0f + x * (1.0f - s)); }
 
 // log(1 + e^x) = max(x, 0) + log1p(e^-|x|). log1p(e) / e is a polynomial on [0, 1] with relative error 3e-8 (weighted
 // minimax fit), which keeps small steps accurate (log(1 + e) would lose them to the rounding of 1 + e) and needs one
 // special function instead of two.
-VIM_STEP float softplus(float x) {
+VIM_HD float softplus(float x) {
     float e = exp2_fast(-fabsf(x) * kLog2E);
     float p = 5.232668987e-03f;
     p = fmaf(p, e, -2.950513749e-02f);
@@ -60,7 +57,7 @@ VIM_STEP float softplus(float x) {
 }
 
 // One state of the recurrence (Mamba eq. 2): h <- 2^(dt A log2 e) h + (dt u) B. `decay_rate` is A log2 e.
-VIM_STEP float advance(float state, float dt, float decay_rate, float dtu, float b) {
+VIM_HD float advance(float state, float dt, float decay_rate, float dtu, float b) {
     return fmaf(exp2_fast(dt * decay_rate), state, dtu * b);
 }
 

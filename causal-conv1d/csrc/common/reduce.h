@@ -1,7 +1,7 @@
 // Sums over rows of partial results, in a fixed order.
 #pragma once
 
-#include "common/dtype.h"
+#include "common/elements.h"
 
 namespace vim {
 

@@ -55,20 +55,18 @@ template <int WIDTH> void backward_task(const void *args, int64_t task, int64_t)
     float *g = ring_g + i % w * wide;
     const int64_t ahead = memory_token(a, min_of(i + 8, a.len - 1));
     for (int64_t c = 0; c < count; c += 16) {
-      __builtin_prefetch(a.x + (item * a.x_batch_stride + ahead * a.x_token_stride + first + c) * size_of(a.x_dtype));
-      __builtin_prefetch(a.out + (item * a.out_batch_stride + ahead * a.out_token_stride + first + c) *
-                                     size_of(a.out_dtype));
-      __builtin_prefetch(a.dx + (item * a.dx_batch_stride + ahead * a.dx_token_stride + first + c) *
-                                    size_of(a.dx_dtype));
+      __builtin_prefetch(row(a.x, item, ahead, first + c));
+      __builtin_prefetch(row(a.out, item, ahead, first + c));
+      __builtin_prefetch(row(a.dx, item, ahead, first + c));
     }
     if (i < a.len) {
       window.meet(a, item, i, first, count);
       const float *tap[MAX_WIDTH];
       window.taps(tap, i);
-      const int64_t at = item * a.out_batch_stride + memory_token(a, i) * a.out_token_stride + first;
-      const float *dout = (const float *)a.out + at;
-      if (a.out_dtype != F32 || count % LANES) {
-        load_row(dout_copy, a.out + at * size_of(a.out_dtype), a.out_dtype, count);
+      const char *from = row(a.out, item, memory_token(a, i), first);
+      const float *dout = (const float *)from;
+      if (a.out.dtype != kFloat32 || count % LANES) {
+        load_row(dout_copy, from, a.out.dtype, count);
         dout = dout_copy;
       }
       for (int64_t c = 0; c < wide; c += LANES) {
@@ -93,10 +91,9 @@ template <int WIDTH> void backward_task(const void *args, int64_t task, int64_t)
     for (int64_t k = 0; k < w; ++k)  // output j + w - 1 - k saw input j at tap k
       rows_g[k] = ring_g + (j + 2 * w - 1 - k) % w * wide;
     char *to = j < 0 ? (char *)(a.dinitial + (item * (w - 1) + j + w - 1) * a.dim + first)
-                     : a.dx + (item * a.dx_batch_stride + memory_token(a, j) * a.dx_token_stride + first) *
-                                  size_of(a.dx_dtype);
-    const int64_t dtype = j < 0 ? (int64_t)F32 : a.dx_dtype;
-    const bool direct = dtype == F32 && count % LANES == 0, add = j >= 0 && a.accumulate_dx;
+                     : row(a.dx, item, memory_token(a, j), first);
+    const int64_t dtype = j < 0 ? (int64_t)kFloat32 : a.dx.dtype;
+    const bool direct = dtype == kFloat32 && count % LANES == 0, add = j >= 0 && a.accumulate_dx;
     float *dx = direct ? (float *)to : dx_copy;
     const float *before = direct ? dx : earlier;
     if (add && !direct)
@@ -153,24 +150,23 @@ VIM_INLINE int64_t initial_at(const ConvArgs &a, int64_t item, int64_t channel, 
   return (item * before + (a.reverse ? before - 1 - j : j)) * a.dim + channel;
 }
 
-void load_extended(float *row, const ConvArgs &a, int64_t item, int64_t channel) {
+void load_extended(float *extended, const ConvArgs &a, int64_t item, int64_t channel) {
   const int64_t before = a.width - 1, end = a.len + before;
-  float *past = a.reverse ? row + a.len : row;
-  const int64_t at = item * a.x_batch_stride + channel * a.x_token_stride;
-  load_row(a.reverse ? row : row + before, a.x + at * size_of(a.x_dtype), a.x_dtype, a.len);
+  float *past = a.reverse ? extended + a.len : extended;
+  load_row(a.reverse ? extended : extended + before, row(a.x, item, channel, 0), a.x.dtype, a.len);
   for (int64_t j = 0; j < before; ++j)
     past[j] = a.initial ? a.initial[initial_at(a, item, channel, j)] : 0.0f;
-  memset(row + end, 0, (size_t)(row_size(a) - end) * 4);
+  memset(extended + end, 0, (size_t)(row_size(a) - end) * 4);
 }
 
 // W is the width, or 0 for any.
-template <int W> VIM_INLINE void convolve_row(float *to, const float *row, const ConvArgs &a, int64_t channel, bool gate) {
+template <int W> VIM_INLINE void convolve_row(float *to, const float *extended, const ConvArgs &a, int64_t channel, bool gate) {
   const int64_t w = W ? W : a.width;
   const vf bias = broadcast(a.bias ? a.bias[channel] : 0.0f);
   const float *tap[W ? W : MAX_WIDTH];
   vf weight[W ? W : MAX_WIDTH];
   for (int64_t k = 0; k < w; ++k) {
-    tap[k] = row + offset(a, k);
+    tap[k] = extended + offset(a, k);
     weight[k] = broadcast(a.weight[channel * w + k]);
   }
   for (int64_t j = 0; j < a.len; j += LANES) {
@@ -181,24 +177,23 @@ template <int W> VIM_INLINE void convolve_row(float *to, const float *row, const
   }
 }
 
-void convolved(float *to, const float *row, const ConvArgs &a, int64_t channel, bool gate) {
+void convolved(float *to, const float *extended, const ConvArgs &a, int64_t channel, bool gate) {
   if (a.width == 4)
-    convolve_row<4>(to, row, a, channel, gate);
+    convolve_row<4>(to, extended, a, channel, gate);
   else if (a.width == 3)
-    convolve_row<3>(to, row, a, channel, gate);
+    convolve_row<3>(to, extended, a, channel, gate);
   else
-    convolve_row<0>(to, row, a, channel, gate);
+    convolve_row<0>(to, extended, a, channel, gate);
 }
 
 void forward_rows_task(const void *args, int64_t task, int64_t) {
   const ConvArgs &a = *(const ConvArgs *)args;
   const int64_t slabs = (a.dim + ROWS - 1) / ROWS, item = task / slabs, first = task % slabs * ROWS;
-  float *row = (float *)vim::scratch(0, (size_t)(2 * row_size(a)) * 4), *result = row + row_size(a);
+  float *extended = (float *)vim::scratch(0, (size_t)(2 * row_size(a)) * 4), *result = extended + row_size(a);
   for (int64_t c = first; c < min_of(first + ROWS, a.dim); ++c) {
-    load_extended(row, a, item, c);
-    convolved(result, row, a, c, a.silu);
-    const int64_t at = item * a.out_batch_stride + c * a.out_token_stride;
-    store_row(a.out + at * size_of(a.out_dtype), a.out_dtype, result, a.len);
+    load_extended(extended, a, item, c);
+    convolved(result, extended, a, c, a.silu);
+    store_row(row(a.out, item, c, 0), a.out.dtype, result, a.len);
   }
 }
 
@@ -222,14 +217,13 @@ void backward_rows_task(const void *args, int64_t task, int64_t) {
   const ConvArgs &a = call.a;
   const int64_t item = task / call.slabs, first = task % call.slabs * ROWS, w = a.width, before = w - 1;
   const int64_t size = row_size(a), end = a.len + before;
-  float *row = (float *)vim::scratch(0, (size_t)(4 * size) * 4), *zeros_and_g = row + size, *dx = zeros_and_g + size;
-  float *earlier = dx + size, *g = zeros_and_g + before, *tokens = a.reverse ? dx : dx + before;
+  float *extended = (float *)vim::scratch(0, (size_t)(4 * size) * 4), *zeros_and_g = extended + size;
+  float *dx = zeros_and_g + size, *earlier = dx + size, *g = zeros_and_g + before, *tokens = a.reverse ? dx : dx + before;
   for (int64_t c = first; c < min_of(first + ROWS, a.dim); ++c) {
-    load_extended(row, a, item, c);
-    const int64_t out_at = item * a.out_batch_stride + c * a.out_token_stride;
-    load_row(g, a.out + out_at * size_of(a.out_dtype), a.out_dtype, a.len);
+    load_extended(extended, a, item, c);
+    load_row(g, row(a.out, item, c, 0), a.out.dtype, a.len);
     if (a.silu) {
-      convolved(dx, row, a, c, false);
+      convolved(dx, extended, a, c, false);
       for (int64_t j = 0; j < a.len; j += LANES) {
         const vf r = load(dx + j), sig = sigmoid(r);
         store(g + j, load(g + j) * (sig * (1.0f + r * (1.0f - sig))));
@@ -240,7 +234,7 @@ void backward_rows_task(const void *args, int64_t task, int64_t) {
 
     float *sums = call.items + item * (w + 1) * a.dim + c;
     for (int64_t k = 0; k < w; ++k)
-      sums[k * a.dim] = dot(g, row + offset(a, k), a.len);
+      sums[k * a.dim] = dot(g, extended + offset(a, k), a.len);
     vf total = {};
     for (int64_t j = 0; j < a.len; j += LANES)  // zeros follow the row
       total += load(g + j);
@@ -252,14 +246,13 @@ void backward_rows_task(const void *args, int64_t task, int64_t) {
         r += broadcast(a.weight[c * w + k]) * load(g + p - offset(a, k));
       store(dx + p, r);
     }
-    const int64_t dx_at = item * a.dx_batch_stride + c * a.dx_token_stride;
-    char *to = a.dx + dx_at * size_of(a.dx_dtype);
+    char *to = row(a.dx, item, c, 0);
     if (a.accumulate_dx) {
-      load_row(earlier, to, a.dx_dtype, a.len);
+      load_row(earlier, to, a.dx.dtype, a.len);
       for (int64_t j = 0; j < a.len; ++j)
         tokens[j] += earlier[j];
     }
-    store_row(to, a.dx_dtype, tokens, a.len);
+    store_row(to, a.dx.dtype, tokens, a.len);
     if (a.dinitial)
       for (int64_t j = 0; j < before; ++j)
         a.dinitial[initial_at(a, item, c, j)] = dx[a.reverse ? a.len + j : j];

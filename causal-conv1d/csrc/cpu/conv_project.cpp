@@ -63,16 +63,14 @@ void chunk(const Call &call, int64_t index) {
 
   const float *rows[TOKENS];
   for (int64_t t = 0; t < TOKENS; ++t) {  // beyond the last token: that one again, whose results are not used
-    const int64_t token = memory_token(a, min_of(start + t, stop - 1));
-    rows[t] = (const float *)a.out + item * a.out_batch_stride + token * a.out_token_stride;
+    rows[t] = (const float *)row(a.out, item, memory_token(a, min_of(start + t, stop - 1)), 0);
   }
-  const int64_t size = size_of(a.x_dtype);
-  int64_t next_item = item, next = stop, ahead_stride = (a.reverse ? -1 : 1) * a.x_token_stride * size;
+  const int64_t size = size_of(a.x.dtype);
+  int64_t next_item = item, next = stop, ahead_stride = (a.reverse ? -1 : 1) * a.x.token_stride * size;
   if (next == a.len && ++next_item < a.batch)
     next = 0;
   next = min_of(next, a.len - 1);
-  const char *ahead =
-      a.x + (min_of(next_item, a.batch - 1) * a.x_batch_stride + memory_token(a, next) * a.x_token_stride) * size;
+  const char *ahead = row(a.x, min_of(next_item, a.batch - 1), memory_token(a, next), 0);
   memset(sums, 0, (size_t)(TOKENS * wide) * 4);
   for (int64_t first = 0; first < a.dim; first += INPUTS) {
     const int64_t count = min_of(INPUTS, a.dim - first);
@@ -95,7 +93,7 @@ void chunk(const Call &call, int64_t index) {
   }
   for (int64_t i = start; i < stop; ++i) {
     float *to = g.projected + (item * a.len + memory_token(a, i)) * g.outputs;
-    store_row((char *)to, F32, sums + (i - start) * wide, g.outputs);
+    store_row((char *)to, kFloat32, sums + (i - start) * wide, g.outputs);
   }
 }
 
@@ -115,12 +113,12 @@ void project(const ConvProjectArgs *args) {
   for (int64_t o = 0; o < wide; o += LANES)
     for (int64_t e = 0; e < dim; e += LANES) {
       if (o + LANES <= args->outputs && e + LANES <= dim) {
-        transpose_square(weight + e * wide + o, wide, args->weight + o * dim + e, dim);
+        transpose_square(weight + e * wide + o, wide, args->project_weight + o * dim + e, dim);
         continue;
       }
       for (int64_t i = e; i < min_of(e + LANES, dim); ++i)
         for (int64_t k = o; k < o + LANES; ++k)
-          weight[i * wide + k] = k < args->outputs ? args->weight[k * dim + i] : 0.0f;
+          weight[i * wide + k] = k < args->outputs ? args->project_weight[k * dim + i] : 0.0f;
     }
   const int64_t chunks = (a.len + TOKENS - 1) / TOKENS, all = a.batch * chunks;
   // Runs long enough to profit from what they fetch ahead, short enough to keep the threads equally busy.

@@ -2,15 +2,13 @@
 #pragma once
 
 #include "common/runtime.h"
-#include "common/simd.h"
+#include "common/simd_math.h"
 #include "conv.h"
 
 namespace {
 
 constexpr int64_t MAX_WIDTH = 16;
 constexpr int64_t TOKENS = 32;  // per forward task
-
-VIM_INLINE int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 
 // weight (W, channels) for channels [first, first + count), zero beyond; then the bias.
 void load_weights(float *to, const ConvArgs &a, int64_t first, int64_t count) {
@@ -28,12 +26,12 @@ VIM_INLINE int64_t memory_token(const ConvArgs &a, int64_t i) { return a.reverse
 // vectors readable: the tensor itself if it is float32 and `count` a multiple of LANES, else a copy in `spare`.
 const float *input_row(float *spare, const ConvArgs &a, int64_t item, int64_t i, int64_t first, int64_t count) {
   if (i >= 0) {
-    const int64_t at = item * a.x_batch_stride + memory_token(a, i) * a.x_token_stride + first;
-    if (a.x_dtype == F32 && count % LANES == 0)
-      return (const float *)a.x + at;
-    load_row(spare, a.x + at * size_of(a.x_dtype), a.x_dtype, count);
+    const char *from = row(a.x, item, memory_token(a, i), first);
+    if (a.x.dtype == kFloat32 && count % LANES == 0)
+      return (const float *)from;
+    load_row(spare, from, a.x.dtype, count);
   } else if (a.initial) {
-    load_row(spare, (const char *)(a.initial + (item * (a.width - 1) + i + a.width - 1) * a.dim + first), F32, count);
+    load_row(spare, (const char *)(a.initial + (item * (a.width - 1) + i + a.width - 1) * a.dim + first), kFloat32, count);
   } else {
     memset(spare, 0, (size_t)padded(count) * 4);
   }
@@ -85,23 +83,22 @@ void convolve_tokens(const ConvArgs &a, const float *weights, float *copies, int
     window.meet(a, item, i, 0, a.dim);
     const float *tap[MAX_WIDTH];
     window.taps(tap, i);
-    const int64_t at = item * a.out_batch_stride + memory_token(a, i) * a.out_token_stride;
-    char *out = a.out + at * size_of(a.out_dtype);
+    char *out = row(a.out, item, memory_token(a, i), 0);
     const int64_t ahead = min_of(i + 2, a.len - 1);  // rows lie apart, which hardware prefetchers do not follow
-    const char *next = a.x + (item * a.x_batch_stride + memory_token(a, ahead) * a.x_token_stride) * size_of(a.x_dtype);
+    const char *next = row(a.x, item, memory_token(a, ahead), 0);
     const auto result = [&](int64_t c) __attribute__((always_inline)) {
-      __builtin_prefetch(next + c * size_of(a.x_dtype), 0, 3);
+      __builtin_prefetch(next + c * size_of(a.x.dtype), 0, 3);
       const vf r = convolve<WIDTH>(tap, weights, bias, wide, c, w);
       return a.silu ? silu(r) : r;
     };
-    if (a.out_dtype == F32)
+    if (a.out.dtype == kFloat32)
       for (int64_t c = 0; c < whole; c += LANES)
         store((float *)out + c, result(c));
     else
       for (int64_t c = 0; c < whole; c += LANES)
-        store_as(out + c * 2, a.out_dtype, result(c));
+        store_as(out + c * 2, a.out.dtype, result(c));
     if (whole < a.dim)
-      store_part(out + whole * size_of(a.out_dtype), a.out_dtype, result(whole), a.dim - whole);
+      store_part(out + whole * size_of(a.out.dtype), a.out.dtype, result(whole), a.dim - whole);
   }
 }
 

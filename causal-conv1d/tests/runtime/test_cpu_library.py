@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import torch
 from causal_conv1d_vim.conv import cpu
 from causal_conv1d_vim.runtime import cpu_library
 from causal_conv1d_vim.runtime.backend import BackendError
+from mamba_ssm_vim.ops.norm import cpu as norm
+from mamba_ssm_vim.ops.selective_scan import cpu as scan
 
 needs_library = pytest.mark.skipif(cpu.library.reason is not None, reason=str(cpu.library.reason))
 BEST = cpu.library.instruction_set or "baseline"
@@ -22,7 +25,7 @@ def test_missing_library_says_how_to_build_it(tmp_path):
     library = cpu_library.Library("vim_conv", [str(tmp_path)])
     assert "scripts/build_native.sh" in library.reason
     with pytest.raises(RuntimeError, match="was not built"):
-        library.function("vim_conv_forward")(b"")
+        library.function("vim_conv_forward", cpu.ARGUMENTS)(b"")
 
 
 def test_broken_library_is_a_reason_and_not_a_crash(tmp_path):
@@ -35,7 +38,43 @@ def test_broken_library_is_a_reason_and_not_a_crash(tmp_path):
 @needs_library
 def test_library_of_other_sources_says_to_install_again():
     with pytest.raises(BackendError, match=r"lacks vim_no_such_kernel.*install again"):
-        cpu.library.function("vim_no_such_kernel")
+        cpu.library.function("vim_no_such_kernel", cpu.ARGUMENTS)
+    with pytest.raises(BackendError, match=r"takes 208 bytes of arguments in vim_conv_forward instead of 8: .*install"):
+        cpu.library.function("vim_conv_forward", cpu_library.Arguments("batch"))
+
+
+def fields_of(header: str, struct: str, tokens: tuple[str, ...]) -> list[tuple[str, bool]]:
+    """(name, whether a double) of each eight-byte field of a C struct, in order, nested structs flattened."""
+    source = re.sub(r"//.*", "", (ROOT / header).read_text())
+    body = re.search(rf"struct {struct} {{(.*?)}};", source, flags=re.DOTALL)[1]
+    fields = []
+    for kind, names in re.findall(r"(?:const )?(\w+) ([^;]+);", body):
+        for name in (n.strip(" *") for n in names.split(",")):
+            if kind == "Tokens":
+                fields += [(f"{name}.{part}", False) for part in tokens]
+            elif kind.endswith("Args"):
+                fields += fields_of(header, kind, tokens)
+            else:
+                fields.append((name, kind == "double" and "*" not in names))
+    return fields
+
+
+@pytest.mark.parametrize(
+    ("header", "struct", "arguments"),
+    [
+        ("causal-conv1d/csrc/cpu/conv.h", "ConvArgs", cpu.ARGUMENTS),
+        ("causal-conv1d/csrc/cpu/conv.h", "ConvProjectArgs", cpu.PROJECT_ARGUMENTS),
+        ("mamba-1p1p1/csrc/cpu/scan.h", "ScanArgs", scan.ARGUMENTS),
+        ("mamba-1p1p1/csrc/cpu/scan.h", "ScanGradArgs", scan.GRAD_ARGUMENTS),
+        ("mamba-1p1p1/csrc/cpu/norm.h", "NormArgs", norm.ARGUMENTS),
+    ],
+)
+def test_arguments_have_the_names_of_the_header(header, struct, arguments):
+    tokens = tuple(name for name, _ in fields_of("causal-conv1d/csrc/common/tokens.h", "Tokens", ()))
+    assert tokens == cpu_library.Arguments.TOKENS
+    assert [name for name, _ in fields_of(header, struct, tokens)] == list(arguments.fields)
+    doubles = {name for name, double in fields_of(header, struct, tokens) if double}
+    assert doubles == {name for name in arguments.fields if name in ("scale", "eps")}
 
 
 def run_with(isa: str, code: str) -> subprocess.CompletedProcess:

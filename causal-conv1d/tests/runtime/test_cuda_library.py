@@ -80,6 +80,11 @@ def test_serves_its_architectures_and_later_ones(built, on_a_gpu, monkeypatch, c
     assert reason is None if served else "built for 8.0, 9.0" in reason
 
 
+def test_other_dtypes_are_declined(built, on_a_gpu):
+    on_a_gpu.dtype = torch.float64
+    assert "float64 is none of float32" in built.why_not(on_a_gpu)
+
+
 # As much of a tensor as the choice of a backend looks at.
 ON_A_GPU = SimpleNamespace(is_cpu=False)
 

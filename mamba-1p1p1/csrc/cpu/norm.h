@@ -1,4 +1,4 @@
-// Arguments of the add+norm kernels. Every field is eight bytes wide; the Python side packs them in this order.
+// Arguments of the add+norm kernels. Every field is eight bytes wide; norm/cpu.py packs them in this order.
 #pragma once
 
 #include <stdint.h>

@@ -9,12 +9,10 @@ namespace {
 constexpr int64_t ROWS = 32;           // per task
 constexpr int64_t MOST_PARTIALS = 64;  // partial sums of the weight gradient, a number that depends on the rows only
 
-VIM_INLINE int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
-
 // Row i as floats with whole vectors readable: the tensor itself if it is float32 and the row whole vectors, else a copy.
 VIM_INLINE const float *row_of(float *copy, const char *tensor, int64_t dtype, int64_t i, int64_t d) {
   const char *from = tensor + i * d * size_of(dtype);
-  if (dtype == F32 && d % LANES == 0)
+  if (dtype == kFloat32 && d % LANES == 0)
     return (const float *)from;
   load_row(copy, from, dtype, d);
   return copy;
@@ -33,9 +31,9 @@ void forward_task(const void *args, int64_t task, int64_t) {
   const int64_t d = a.dim, wide = padded(d), stop = min_of(task * ROWS + ROWS, a.rows);
   float *total = (float *)vim::scratch(0, (size_t)(5 * wide) * 4);
   float *x_copy = total + wide, *residual_copy = x_copy + wide, *weight = residual_copy + wide, *bias = weight + wide;
-  load_row(weight, (const char *)a.weight, F32, d);
+  load_row(weight, (const char *)a.weight, kFloat32, d);
   if (a.bias)
-    load_row(bias, (const char *)a.bias, F32, d);
+    load_row(bias, (const char *)a.bias, kFloat32, d);
   else
     memset(bias, 0, (size_t)wide * 4);
   const float inverse = 1.0f / (float)d, eps = (float)a.eps;
@@ -88,7 +86,7 @@ void backward_task(const void *args, int64_t task, int64_t) {
   float *normed = g + wide, *extra_copy = normed + wide, *weight = extra_copy + wide;
   float *dweight = call.sums + task * 2 * wide, *dbias = dweight + wide;
   memset(dweight, 0, (size_t)(2 * wide) * 4);
-  load_row(weight, (const char *)a.weight, F32, d);
+  load_row(weight, (const char *)a.weight, kFloat32, d);
   const float inverse = 1.0f / (float)d;
   for (int64_t i = task * call.rows; i < stop; ++i) {
     const float *dy = row_of(g, a.x, a.x_dtype, i, d);
@@ -114,7 +112,7 @@ void backward_task(const void *args, int64_t task, int64_t) {
         r += load(extra + c);
       put(dx, a.y_dtype, c, d, r);
       if (a.dresidual)
-        put((char *)(a.dresidual + i * d), F32, c, d, r);
+        put((char *)(a.dresidual + i * d), kFloat32, c, d, r);
     }
   }
 }

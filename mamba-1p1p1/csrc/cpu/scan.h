@@ -1,14 +1,7 @@
-// Arguments of the selective scan kernels. Every field is eight bytes wide; the Python side packs them in this order.
+// Arguments of the selective scan kernels. Every field is eight bytes wide; selective_scan/cpu.py packs them in this order.
 #pragma once
 
-#include <stdint.h>
-
-// A (batch, tokens, channels) tensor: channel stride 1, the other strides in elements. dtype: 0 float32, 1 bfloat16,
-// 2 float16. A null pointer stands for an absent tensor.
-struct Tokens {
-  char *data;
-  int64_t dtype, batch_stride, token_stride;
-};
+#include "common/tokens.h"
 
 struct ScanArgs {
   int64_t batch, len, dim, states, groups;
@@ -37,8 +30,3 @@ struct ScanGradArgs {
 
 // Tokens between two kept states; also the tile that stays in the first-level cache.
 constexpr int64_t SCAN_CHUNK = 32;
-
-struct ScanKernels {
-  void (*forward)(const ScanArgs *);
-  void (*backward)(const ScanGradArgs *);
-};

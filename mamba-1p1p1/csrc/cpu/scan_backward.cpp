@@ -35,7 +35,7 @@ struct BlockSums {
 // What the adjoint recurrence of one tile reads and adds to. kept_h and kept_decay hold one group of states.
 struct Adjoint {
   int64_t tokens, states;
-  const float *dt, *dtu, *dy, *B, *C, *A2, *before, *kept_h, *kept_decay;
+  const float *dt, *dtu, *dy, *B, *C, *log2_decay, *before, *kept_h, *kept_decay;
   const BlockSums &sums;
   float *dBC;  // (tokens, 2 * states): per group of states its share of dB, then of dC
   float *dtu_grad, *dt_grad;
@@ -78,11 +78,11 @@ __attribute__((noinline)) void adjoint_states(const Adjoint &r, int64_t first, i
   const int64_t n = r.states, count = STATES ? STATES : runtime_count;
   constexpr bool IN_REGISTERS = STATES > 0 && LANES == 16;
   constexpr int HELD = IN_REGISTERS ? STATES : 1;
-  const float *A2 = r.A2 + first * BLOCK;
+  const float *log2_decay = r.log2_decay + first * BLOCK;
   const float *B = r.B + first * (B_CONSTANT ? BLOCK : 1), *C = r.C + first * (C_CONSTANT ? BLOCK : 1);
   float *state = r.sums.state + first * BLOCK, *sum_A = r.sums.A + first * BLOCK;
   float *constant_B = r.sums.B + first * BLOCK, *constant_C = r.sums.C + first * BLOCK;
-  __asm__("" : "+r"(A2), "+r"(B), "+r"(C));  // else GCC keeps the address of every row in a register of its own
+  __asm__("" : "+r"(log2_decay), "+r"(B), "+r"(C));  // else GCC keeps the address of every row in a register of its own
   vf held_state[HELD], held_A[HELD];
   if constexpr (IN_REGISTERS) {
 #pragma GCC unroll 16
@@ -117,7 +117,7 @@ __attribute__((noinline)) void adjoint_states(const Adjoint &r, int64_t first, i
         const vf through = g * load(decay + at);
         const vf exponent = through * load(previous + at);
         to_input[v] += g * b;
-        to_step[v] += exponent * load(A2 + at);
+        to_step[v] += exponent * load(log2_decay + at);
         if constexpr (IN_REGISTERS) {
           held_state[j] = through;
           held_A[j] += exponent * step[v];
@@ -230,7 +230,8 @@ void backward_task(const void *args, int64_t task, int64_t) {
                                 SCAN_CHUNK * (2 * n + a.rank) + 17 * TILE + Shared::floats(a)) * 4 +
                        (size_t)blocks * (sizeof(BlockParams) + sizeof(BlockSums));
   float *kept_h = (float *)vim::scratch(0, bytes);
-  float *kept_decay = kept_h + kept, *dBC = kept_decay + kept, *low_grad = dBC + SCAN_CHUNK * 2 * n, *h = low_grad + SCAN_CHUNK * a.rank, *tiles = h + n * BLOCK;
+  float *kept_decay = kept_h + kept, *dBC = kept_decay + kept, *low_grad = dBC + SCAN_CHUNK * 2 * n,
+        *h = low_grad + SCAN_CHUNK * a.rank, *tiles = h + n * BLOCK;
   const auto tile = [&] { return tiles += TILE, tiles - TILE; };
   float *dt = tile(), *dtu = tile(), *y = tile(), *dy = tile(), *slope = tile(), *gate_slope = tile(),
         *dtu_grad = tile(), *dt_grad = tile(), *turned = tile(), *u_copy = tile(), *delta_copy = tile(),
@@ -305,8 +306,8 @@ void backward_task(const void *args, int64_t task, int64_t) {
 
       memcpy(h, before, (size_t)(n * BLOCK) * 4);
       const float *B = a.b_constant ? p.B : shared.B, *C = a.c_constant ? p.C : shared.C;
-      const Run run{tokens, n, dt, dtu, B, C, p.A2, h, y, kept_h, kept_decay, &ahead};
-      const Adjoint adjoint{tokens, n, dt, dtu, dy, B, C, p.A2, before, kept_h, kept_decay, sum, dBC, dtu_grad,
+      const Run run{tokens, n, dt, dtu, B, C, p.log2_decay, h, y, kept_h, kept_decay, &ahead};
+      const Adjoint adjoint{tokens, n, dt, dtu, dy, B, C, p.log2_decay, before, kept_h, kept_decay, sum, dBC, dtu_grad,
                             dt_grad, &ahead};
       for (int64_t first = 0; first < n; first += KEPT_STATES) {
         const int64_t group = min_of(n - first, KEPT_STATES);

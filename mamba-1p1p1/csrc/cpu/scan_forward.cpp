@@ -74,7 +74,8 @@ void forward_task(const void *args, int64_t task, int64_t) {
       const View u = load_tile(u_copy, a.u, s, start, tokens, channel, count);
       const View delta = a.rank ? View{} : load_tile(delta_copy, a.delta, s, start, tokens, channel, count);
       const bool small = step_tile(dt, dtu, nullptr, a, p, shared, delta, u, tokens);
-      Run r{tokens, n, dt, dtu, a.b_constant ? p.B : shared.B, a.c_constant ? p.C : shared.C, p.A2, h, y, y, y, &ahead};
+      const float *B = a.b_constant ? p.B : shared.B, *C = a.c_constant ? p.C : shared.C;
+      const Run r{tokens, n, dt, dtu, B, C, p.log2_decay, h, y, y, y, &ahead};
       if (k + 1 < blocks)
         ahead.aim_tile(s, start, tokens, s.channel(cut, block + 1));
       else

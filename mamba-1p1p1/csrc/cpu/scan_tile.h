@@ -3,7 +3,7 @@
 #pragma once
 
 #include "common/runtime.h"
-#include "common/simd.h"
+#include "common/simd_math.h"
 #include "scan.h"
 
 namespace {
@@ -56,10 +56,6 @@ struct Slab {
   int64_t token(int64_t i) const { return first + i * step; }
 };
 
-VIM_INLINE char *row(const Tokens &x, int64_t item, int64_t token, int64_t channel) {
-  return x.data + (item * x.batch_stride + token * x.token_stride + channel) * size_of(x.dtype);
-}
-
 // (count, n) row-major → (n, BLOCK), times `factor`; lanes beyond `count` are zero.
 VIM_INLINE void transpose_in(float *dst, const float *src, int64_t count, int64_t n, float factor) {
 #if defined(__AVX512F__)
@@ -100,12 +96,12 @@ View load_tile(float *spare, const Tokens &x, const Slab &s, int64_t start, int6
   if (count == BLOCK) {
     const char *from = row(x, s.item, s.token(start), channel);
     const int64_t stride = s.step * x.token_stride;
-    if (x.dtype == F32)
+    if (x.dtype == kFloat32)
       return {(const float *)from, stride};
-    if (x.dtype == BF16)
-      load_blocks<BF16>(spare, from, stride * 2, tokens);
+    if (x.dtype == kBFloat16)
+      load_blocks<kBFloat16>(spare, from, stride * 2, tokens);
     else
-      load_blocks<F16>(spare, from, stride * 2, tokens);
+      load_blocks<kFloat16>(spare, from, stride * 2, tokens);
     return {spare, BLOCK};
   }
   for (int64_t t = 0; t < tokens; ++t)
@@ -173,12 +169,12 @@ void store_tile(const float *src, const Tokens &x, const Slab &s, int64_t start,
   if (count == BLOCK) {
     char *to = row(x, s.item, s.token(start), channel);
     const int64_t stride = s.step * x.token_stride * size_of(x.dtype);
-    if (x.dtype == F32)
-      store_blocks<F32>(to, src, stride, tokens);
-    else if (x.dtype == BF16)
-      store_blocks<BF16>(to, src, stride, tokens);
+    if (x.dtype == kFloat32)
+      store_blocks<kFloat32>(to, src, stride, tokens);
+    else if (x.dtype == kBFloat16)
+      store_blocks<kBFloat16>(to, src, stride, tokens);
     else
-      store_blocks<F16>(to, src, stride, tokens);
+      store_blocks<kFloat16>(to, src, stride, tokens);
     return;
   }
   for (int64_t t = 0; t < tokens; ++t)
@@ -192,7 +188,7 @@ struct Target {
   VIM_INLINE void put(int64_t t, int v, vf x) const { store(data + t * stride + v * LANES, x); }
 };
 
-VIM_INLINE bool direct(const Tokens &x, int64_t count) { return count == BLOCK && x.dtype == F32; }
+VIM_INLINE bool direct(const Tokens &x, int64_t count) { return count == BLOCK && x.dtype == kFloat32; }
 
 VIM_INLINE Target target_tile(float *spare, const Tokens &x, const Slab &s, int64_t start, int64_t channel,
                               int64_t count) {
@@ -209,21 +205,21 @@ VIM_INLINE void finish(const Target &target, const Tokens &x, const Slab &s, int
 
 // Parameters of one block, laid out for its lanes.
 struct BlockParams {
-  float *A2;         // (N, BLOCK), A * log2(e)
+  float *log2_decay;         // (N, BLOCK), A * log2(e)
   float *dt_weight;  // (rank, BLOCK)
   float *B, *C;      // (N, BLOCK), if constant
-  float bias[BLOCK], D[BLOCK], largest[BLOCK];  // largest |A2| per channel
+  float bias[BLOCK], D[BLOCK], largest[BLOCK];  // largest |log2_decay| per channel
 
   static int64_t floats(const ScanArgs &a) {
     return (a.states + a.rank + a.b_constant * a.states + a.c_constant * a.states) * BLOCK;
   }
   void fill(float *memory, const ScanArgs &a, int64_t channel, int64_t count) {
     const int64_t n = a.states;
-    A2 = memory;
-    dt_weight = A2 + n * BLOCK;
+    log2_decay = memory;
+    dt_weight = log2_decay + n * BLOCK;
     B = dt_weight + a.rank * BLOCK;
     C = B + a.b_constant * n * BLOCK;
-    transpose_in(A2, a.A + channel * n, count, n, LOG2E);
+    transpose_in(log2_decay, a.A + channel * n, count, n, LOG2E);
     if (a.rank)
       transpose_in(dt_weight, a.dt_weight + channel * a.rank, count, a.rank, 1.0f);
     if (a.b_constant)
@@ -235,7 +231,7 @@ struct BlockParams {
     for (int64_t c = 0; EXP2_CHECKED && c < BLOCK; ++c) {
       largest[c] = 0.0f;
       for (int64_t j = 0; j < n; ++j) {
-        const float m = __builtin_fabsf(A2[j * BLOCK + c]);
+        const float m = __builtin_fabsf(log2_decay[j * BLOCK + c]);
         largest[c] = m <= largest[c] ? largest[c] : m;  // a NaN becomes the largest and sends the block the safe way
       }
     }
@@ -266,7 +262,7 @@ struct Shared {
   }
 };
 
-// dt and dt * u, and the derivative of dt by delta if `slope` is given. True if every |dt * A2| is within what
+// dt and dt * u, and the derivative of dt by delta if `slope` is given. True if every |dt * log2_decay| is within what
 // `exp2_small` takes.
 bool step_tile(float *dt, float *dtu, float *slope, const ScanArgs &a, const BlockParams &p, const Shared &shared,
                View delta, View u, int64_t tokens) {
@@ -324,12 +320,12 @@ bool step_tile(float *dt, float *dtu, float *slope, const ScanArgs &a, const Blo
 }
 
 // exp(dt A) of COUNT states next to one another, for each vector of a block: (COUNT, NV).
-template <bool SMALL, int COUNT> VIM_INLINE void decays_of(vf *r, const vf *dt, const float *A2) {
+template <bool SMALL, int COUNT> VIM_INLINE void decays_of(vf *r, const vf *dt, const float *log2_decay) {
   vf step[COUNT * NV], slope[COUNT * NV];
 #pragma GCC unroll 4
   for (int i = 0; i < COUNT * NV; ++i) {
     step[i] = dt[i % NV];
-    slope[i] = load(A2 + i * LANES);
+    slope[i] = load(log2_decay + i * LANES);
   }
   if constexpr (SMALL)
     exp2_small<COUNT * NV>(r, step, slope);
@@ -342,7 +338,7 @@ template <bool SMALL, int COUNT> VIM_INLINE void decays_of(vf *r, const vf *dt, 
 // States [first, first + count) of one block over one tile, with what they need. Pointers are those of the whole block.
 struct Run {
   int64_t tokens, states;
-  const float *dt, *dtu, *B, *C, *A2;
+  const float *dt, *dtu, *B, *C, *log2_decay;
   float *h, *y, *kept_h, *kept_decay;
   Ahead *ahead;
 };
@@ -355,10 +351,10 @@ __attribute__((noinline)) void run_states(const Run &r, int64_t first, int64_t r
   const int64_t n = r.states, count = STATES ? STATES : runtime_count;
   constexpr bool IN_REGISTERS = STATES > 0 && LANES == 16;
   constexpr int TOGETHER = STATES > 0 && NV == 2 ? 2 : 1;  // states whose exponentials are worked on side by side
-  const float *A2 = r.A2 + first * BLOCK;
+  const float *log2_decay = r.log2_decay + first * BLOCK;
   const float *B = r.B + first * (B_CONSTANT ? BLOCK : 1), *C = r.C + first * (C_CONSTANT ? BLOCK : 1);
   float *h = r.h + first * BLOCK;
-  __asm__("" : "+r"(A2), "+r"(B), "+r"(C));  // else GCC keeps the address of every row in a register of its own
+  __asm__("" : "+r"(log2_decay), "+r"(B), "+r"(C));  // else GCC keeps the address of every row in a register of its own
   vf state[IN_REGISTERS ? STATES : 1];
   if constexpr (IN_REGISTERS) {
 #pragma GCC unroll 16
@@ -382,7 +378,7 @@ __attribute__((noinline)) void run_states(const Run &r, int64_t first, int64_t r
 #pragma GCC unroll 16
     for (int64_t first_j = 0; first_j < count; first_j += TOGETHER) {
       vf decays[TOGETHER * NV];
-      decays_of<SMALL, TOGETHER>(decays, step, A2 + first_j * BLOCK);
+      decays_of<SMALL, TOGETHER>(decays, step, log2_decay + first_j * BLOCK);
 #pragma GCC unroll 4
       for (int i = 0; i < TOGETHER * NV; ++i) {
         const int64_t j = first_j + i / NV, v = i % NV, at = j * BLOCK + v * LANES;

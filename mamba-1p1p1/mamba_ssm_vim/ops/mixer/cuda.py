@@ -13,7 +13,8 @@ import torch
 from causal_conv1d_vim.conv import cuda as conv
 from causal_conv1d_vim.conv.reference import ConvGradients
 from causal_conv1d_vim.runtime.backend import forced_backend
-from causal_conv1d_vim.runtime.cuda_library import DATA_TYPES, address, int32, int64, pointer
+from causal_conv1d_vim.runtime.cuda_library import int32, int64, pointer
+from causal_conv1d_vim.runtime.tensors import DTYPES, address
 
 from mamba_ssm_vim.ops.selective_scan import cuda as scan
 from mamba_ssm_vim.ops.selective_scan.reference import ScanGradients
@@ -100,7 +101,7 @@ def _weights(ways: list, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor
     columns = ways[0].x_proj_weight.shape[0] - rank
     sources = [[w.x_proj_weight for w in ways], [w.dt_proj_weight for w in ways]]
     in_dtype = scan.common_dtype(*sources[0], *sources[1])
-    if in_dtype not in DATA_TYPES:
+    if in_dtype not in DTYPES:
         in_dtype = torch.float32
     x_from, dt_from = ([t.to(in_dtype).contiguous() for t in tensors] for tensors in sources)
     pad = -rank % 8
@@ -111,7 +112,7 @@ def _weights(ways: list, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor
         args.x_proj[side], args.dt_proj[side] = address(x_from[side]), address(dt_from[side])
     args.x_out, args.dt_out, args.dim = address(x_weights), address(dt_weights), dim
     args.rank, args.pad, args.columns, args.sides = rank, pad, columns, len(ways)
-    args.in_type, args.out_type = DATA_TYPES[in_dtype], DATA_TYPES[dtype]
+    args.in_type, args.out_type = DTYPES[in_dtype], DTYPES[dtype]
     scan.library.launch("vim_mixer_weights", args, x_weights)
     return x_weights, dt_weights
 

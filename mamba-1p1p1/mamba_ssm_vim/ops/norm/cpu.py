@@ -1,17 +1,20 @@
 """CPU backend of add + norm: packs the arguments of mamba-1p1p1/csrc/cpu/norm.h."""
 
-import struct
-
 import torch
 from causal_conv1d_vim.runtime import cpu_library
-from causal_conv1d_vim.runtime.cpu_library import DTYPES, plain, pointer
+from causal_conv1d_vim.runtime.tensors import DTYPES, address, cast_like, plain
 
 from mamba_ssm_vim.cpu_library import library
 from mamba_ssm_vim.ops.norm.reference import NormGradients
 
-_forward = library.function("vim_norm_forward")
-_backward = library.function("vim_norm_backward")
-_pack = struct.Struct("=4qd15q").pack
+ARGUMENTS = cpu_library.Arguments(
+    "rows dim rms threads eps:double x x_dtype residual residual_dtype y y_dtype residual_out residual_out_dtype "
+    "weight bias mean rstd dresidual dweight dbias"
+)
+
+_forward = library.function("vim_norm_forward", ARGUMENTS)
+_backward = library.function("vim_norm_backward", ARGUMENTS)
+_pack = ARGUMENTS.pack
 
 _PARALLEL_FROM = 1 << 15  # elements
 
@@ -47,8 +50,8 @@ def forward(
         _forward(
             _pack(
                 x.numel() // dim, dim, rms, _threads(x), eps, x.data_ptr(), DTYPES[x.dtype],
-                pointer(residual), 0 if residual is None else DTYPES[residual.dtype], y.data_ptr(), DTYPES[y.dtype],
-                residual_out.data_ptr(), DTYPES[residual_dtype], weight.data_ptr(), pointer(bias), pointer(mean),
+                address(residual), 0 if residual is None else DTYPES[residual.dtype], y.data_ptr(), DTYPES[y.dtype],
+                residual_out.data_ptr(), DTYPES[residual_dtype], weight.data_ptr(), address(bias), address(mean),
                 rstd.data_ptr(), 0, 0, 0,
             )
         )  # fmt: skip
@@ -81,10 +84,10 @@ def backward(
         _backward(
             _pack(
                 dy.numel() // dim, dim, rms, _threads(dy), 0.0, dy.data_ptr(), DTYPES[dy.dtype],
-                pointer(dresidual_out), 0 if dresidual_out is None else DTYPES[dresidual_out.dtype],
+                address(dresidual_out), 0 if dresidual_out is None else DTYPES[dresidual_out.dtype],
                 dx.data_ptr(), DTYPES[x_dtype], residual_out.data_ptr(), DTYPES[residual_out.dtype],
-                weight32.data_ptr(), 0, pointer(mean), rstd.data_ptr(), 0 if dresidual is dx else dresidual.data_ptr(),
-                dweight.data_ptr(), pointer(dbias),
+                weight32.data_ptr(), 0, address(mean), rstd.data_ptr(), 0 if dresidual is dx else dresidual.data_ptr(),
+                dweight.data_ptr(), address(dbias),
             )
         )  # fmt: skip
-    return NormGradients(dx, dresidual, dweight.to(weight.dtype), None if bias is None else dbias.to(bias.dtype))
+    return NormGradients(dx, dresidual, cast_like(dweight, weight), cast_like(dbias, bias))

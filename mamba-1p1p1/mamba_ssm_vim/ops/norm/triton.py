@@ -4,6 +4,7 @@ import math
 
 import torch
 from causal_conv1d_vim.runtime import triton as triton_runtime
+from causal_conv1d_vim.runtime.tensors import cast_like
 from causal_conv1d_vim.runtime.triton import guard
 
 from mamba_ssm_vim.ops.norm.reference import NormGradients
@@ -68,5 +69,5 @@ def backward(dy, dresidual_out, residual_out, weight, bias, mean, rstd, *, rms, 
             HAS_DTOTAL=incoming is not None, HAS_BIAS=bias is not None, RMS=rms, ROUNDED=x_dtype != torch.float32,
             **meta,
         )  # fmt: skip
-    dbias = None if bias is None else dbias.sum(0).to(bias.dtype)
-    return NormGradients(dx, dresidual, dweight.sum(0).to(weight.dtype), dbias)
+    dbias = None if bias is None else dbias.sum(0)
+    return NormGradients(dx, dresidual, cast_like(dweight.sum(0), weight), cast_like(dbias, bias))

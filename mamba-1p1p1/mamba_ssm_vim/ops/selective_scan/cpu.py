@@ -6,11 +6,10 @@ backward.
 """
 
 import functools
-import struct
 
 import torch
 from causal_conv1d_vim.runtime import cpu_library
-from causal_conv1d_vim.runtime.cpu_library import DTYPES, plain, pointer, rows
+from causal_conv1d_vim.runtime.tensors import DTYPES, address, cast_like, plain, rows
 
 from mamba_ssm_vim.cpu_library import library
 from mamba_ssm_vim.ops.selective_scan.reference import ScanGradients
@@ -18,10 +17,19 @@ from mamba_ssm_vim.ops.selective_scan.reference import ScanGradients
 CHUNK = 32  # tokens between kept states, SCAN_CHUNK in scan.h
 BLOCK = 16  # channels per block, BLOCK in simd.h
 
-_forward = library.function("vim_scan_forward")
-_backward = library.function("vim_scan_backward")
-_pack = struct.Struct("=14qd31q").pack
-_pack_grad = struct.Struct("=26q").pack
+ARGUMENTS = cpu_library.Arguments(
+    "batch len dim states groups rank softplus reverse accumulate threads b_constant c_constant b_group_stride "
+    "c_group_stride scale:double u:tokens delta:tokens z:tokens B:tokens C:tokens out:tokens A D bias dt_weight "
+    "initial_state last_state saved"
+)
+GRAD_ARGUMENTS = cpu_library.Arguments(
+    "dout:tokens du:tokens ddelta:tokens dz:tokens accumulate_dz dlast_state dinitial_state dA dD dbias dB_constant "
+    "dC_constant dx ddt_weight",
+    base=ARGUMENTS,
+)
+
+_forward = library.function("vim_scan_forward", ARGUMENTS)
+_backward = library.function("vim_scan_backward", GRAD_ARGUMENTS)
 
 _PARALLEL_FROM = 1 << 15  # state updates; fewer are done before a second thread has woken up
 _NONE = (None, (0, 0, 0, 0))
@@ -75,12 +83,12 @@ def _scan_args(
     (u, of_u), (delta, of_delta), (z, of_z) = _tokens(u), _tokens(delta), _tokens(z)
     A, D, delta_bias, initial_state, dt_weight = map(plain, (A, D, delta_bias, initial_state, dt_weight))
     threads = torch.get_num_threads() if batch * seqlen * dim * states >= _PARALLEL_FROM else 1
-    packed = _pack(
+    packed = ARGUMENTS.pack(
         batch, seqlen, dim, states, groups, 0 if dt_weight is None else dt_weight.shape[1],
         delta_softplus, reverse, accumulate, threads, b_constant, c_constant, b_group, c_group, out_scale,
         *of_u, *of_delta, *of_z, *of_b, *of_c, *_tokens(out)[1],
-        A.data_ptr(), pointer(D), pointer(delta_bias), pointer(dt_weight), pointer(initial_state),
-        pointer(last_state), pointer(saved),
+        A.data_ptr(), address(D), address(delta_bias), address(dt_weight), address(initial_state),
+        address(last_state), address(saved),
     )  # fmt: skip
     return packed, (u, delta, A, B, C, D, z, delta_bias, initial_state, dt_weight)
 
@@ -164,11 +172,9 @@ def backward(
         dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, initial_state, saved[0], dBC, out,
         delta_softplus=delta_softplus, reverse=reverse, out_scale=out_scale,
     )  # fmt: skip
-    return found._replace(
-        B=found.B.to(B.dtype).contiguous(),
-        C=found.C.to(C.dtype).contiguous(),
-        initial_state=None if initial_state is None else found.initial_state.to(initial_state.dtype),
-    )
+    inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial = map(cast_like, found, inputs)
+    return ScanGradients(du, ddelta, dA, dB.contiguous(), dC.contiguous(), dD, dz, dbias, dinitial)
 
 
 def backward_projected(
@@ -214,14 +220,10 @@ def _backward_into(
     n = A.shape[1]
     dout, dlast_state = rows(dout), plain(dlast_state)
     new = functools.partial(torch.empty if batch else torch.zeros, dtype=torch.float32, device=u.device)
-    grads = out._replace(
-        A=new((dim, n)),
-        B=new((dim, n)) if B.dim() == 2 else out.B,
-        C=new((dim, n)) if C.dim() == 2 else out.C,
-        D=None if D is None else new(dim),
-        delta_bias=None if delta_bias is None else new(dim),
-        initial_state=None if initial_state is None else new((batch, dim, n)),
-    )
+    b_constant, c_constant = B.dim() == 2, C.dim() == 2
+    dA, dB, dC = new((dim, n)), new((dim, n)) if b_constant else out.B, new((dim, n)) if c_constant else out.C
+    dD, dbias = None if D is None else new(dim), None if delta_bias is None else new(dim)
+    dinitial = None if initial_state is None else new((batch, dim, n))
     ddt_weight = None if dt_weight is None else new(dt_weight.shape)
     if batch:
         packed, _alive = _scan_args(
@@ -230,12 +232,11 @@ def _backward_into(
         )  # fmt: skip
         _backward(
             packed
-            + _pack_grad(
+            + GRAD_ARGUMENTS.pack(
                 *_tokens(dout)[1], *_tokens(out.u)[1], *_tokens(out.delta if dt_weight is None else None)[1],
                 *_tokens(out.z)[1], accumulate,
-                pointer(dlast_state), pointer(grads.initial_state), pointer(grads.A), pointer(grads.D),
-                pointer(grads.delta_bias), pointer(grads.B if B.dim() == 2 else None),
-                pointer(grads.C if C.dim() == 2 else None), pointer(dx), pointer(ddt_weight),
+                address(dlast_state), address(dinitial), address(dA), address(dD), address(dbias),
+                address(dB) if b_constant else 0, address(dC) if c_constant else 0, address(dx), address(ddt_weight),
             )
         )  # fmt: skip
-    return grads, ddt_weight
+    return ScanGradients(out.u, out.delta, dA, dB, dC, dD, out.z, dbias, dinitial), ddt_weight

@@ -4,7 +4,8 @@ import ctypes
 import math
 
 import torch
-from causal_conv1d_vim.runtime.cuda_library import DATA_TYPES, CudaLibrary, address, float32, int32, int64, pointer
+from causal_conv1d_vim.runtime.cuda_library import CudaLibrary, float32, int32, int64, pointer
+from causal_conv1d_vim.runtime.tensors import DTYPES, address, cast_like, plain, rows
 
 import mamba_ssm_vim
 from mamba_ssm_vim.ops.selective_scan.reference import ScanGradients
@@ -73,8 +74,6 @@ def why_not(u: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor) 
     """None if these kernels can serve u (B, L, E), A (E, N), B and C, else the reason."""
     if (reason := library.why_not(u)) is not None:
         return reason
-    if u.dtype not in DATA_TYPES:
-        return f"{u.dtype} is not among float32, bfloat16 and float16"
     if A.is_complex():
         return "A is complex"
     if A.shape[1] > MAX_STATES:
@@ -88,14 +87,7 @@ def why_not(u: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor) 
 
 def _rows(t: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
     """The tensor in `dtype` with its last axis contiguous; a copy only where that does not hold already."""
-    if t is None:
-        return None
-    t = t.to(dtype)
-    return t if t.stride(-1) == 1 else t.contiguous()
-
-
-def _vector(t: torch.Tensor | None) -> torch.Tensor | None:
-    return None if t is None else t.float().contiguous()
+    return None if t is None else rows(t.to(dtype))
 
 
 def common_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
@@ -122,8 +114,8 @@ def fill_side(
 ) -> list[torch.Tensor | None]:
     """Write one direction's tensors into `side`; returns what must outlive the launch."""
     named = {
-        "u": u, "delta": delta, "B": B, "C": C, "A": _vector(A), "D": _vector(D), "delta_bias": _vector(delta_bias),
-        "initial_state": _vector(initial_state), "last_state": last_state, "boundaries": boundaries,
+        "u": u, "delta": delta, "B": B, "C": C, "A": plain(A), "D": plain(D), "delta_bias": plain(delta_bias),
+        "initial_state": plain(initial_state), "last_state": last_state, "boundaries": boundaries,
     }  # fmt: skip
     for name, t in named.items():
         setattr(side, name, address(t))
@@ -179,7 +171,7 @@ def launch_forward(
     _set_strided(args, "addend", addend)
     _set_strided(args, "out", out)
     args.batch, args.seqlen, args.dim, args.dstate, args.groups = batch, seqlen, dim, dstate, groups
-    args.sides, args.type, args.softplus = len(sides), DATA_TYPES[u.dtype], delta_softplus
+    args.sides, args.type, args.softplus = len(sides), DTYPES[u.dtype], delta_softplus
     args.chunk_tiles, args.save, args.scale, args.pairs = cut, save, scale, pairs
     library.launch("vim_scan_forward", args, u)
     return boundaries if save else []
@@ -266,7 +258,7 @@ def backward(
     if z is not None and dz is None:
         dz = empty(*u.shape, dtype=dtype)
     floats = library.query("vim_scan_backward_workspace", batch, seqlen, dim, dstate, groups)
-    dlast = _vector(dlast_state)
+    dlast = plain(dlast_state)
     workspace = empty(floats)
     z, dout = _rows(z, dtype), _rows(dout, dtype)
     _set_strided(args, "z", z)
@@ -281,7 +273,7 @@ def backward(
     args.dbc_token, args.dbc_group = dB.stride(1), dB.stride(2)
     args.batch, args.seqlen, args.dim, args.dstate, args.groups = batch, seqlen, dim, dstate, groups
     args.type, args.softplus, args.accumulate_dz, args.scale = (
-        DATA_TYPES[dtype],
+        DTYPES[dtype],
         delta_softplus,
         accumulate,
         out_scale,
@@ -289,4 +281,4 @@ def backward(
     library.launch("vim_scan_backward", args, u)
     del alive
     grads = (du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial)
-    return ScanGradients(*(None if t is None else g.to(t.dtype) for g, t in zip(grads, inputs, strict=True)))
+    return ScanGradients(*map(cast_like, grads, inputs))

@@ -5,7 +5,8 @@ import math
 
 import torch
 from causal_conv1d_vim.runtime import triton as triton_runtime
-from causal_conv1d_vim.runtime.triton import guard, rows
+from causal_conv1d_vim.runtime.tensors import cast_like, rows
+from causal_conv1d_vim.runtime.triton import guard
 
 from mamba_ssm_vim.ops.selective_scan.reference import ScanGradients
 
@@ -222,4 +223,4 @@ def backward(
     grads = (
         du, ddelta, dA.sum(0).t(), dB.sum(0), dC.sum(0), dD.sum(0), dz, dbias.sum(0), dstart.transpose(1, 2),
     )  # fmt: skip
-    return ScanGradients(*(None if t is None else g.to(t.dtype) for g, t in zip(grads, inputs, strict=True)))
+    return ScanGradients(*map(cast_like, grads, inputs))

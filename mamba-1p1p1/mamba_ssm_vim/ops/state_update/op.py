@@ -5,6 +5,7 @@ from causal_conv1d_vim.runtime import triton as triton_runtime
 from causal_conv1d_vim.runtime.autodiff import dispatched
 from causal_conv1d_vim.runtime.backend import forced_backend
 from causal_conv1d_vim.runtime.operators import check_integers
+from causal_conv1d_vim.runtime.tensors import DTYPES
 
 from mamba_ssm_vim.ops.selective_scan import selective_scan
 from mamba_ssm_vim.ops.state_update import triton
@@ -87,7 +88,7 @@ def _in_triton(state, x, dt, A, B, C, D, z, dt_bias) -> bool:
         and forced_backend() in (None, "triton")
         and x.numel() > 0
         and state.is_contiguous()
-        and all(t.dtype in triton_runtime.DTYPES and t.device == x.device for t in tensors)
+        and all(t.dtype in DTYPES and t.device == x.device for t in tensors)
         and triton_runtime.why_not(x) is None
     )
 
