@@ -31,7 +31,7 @@ from rich.table import Table
 from vim.data import build_datasets, build_loaders, seed_all
 from vim.engine.arguments import parse_args
 from vim.engine.build import build_model, build_objective, build_training
-from vim.engine.checkpoints import Keeper
+from vim.engine.checkpoints import CheckpointManager
 from vim.engine.distributed import choose_place, largest_over_ranks
 from vim.engine.reporting import Reporter
 from vim.engine.training import train_one_epoch
@@ -127,9 +127,9 @@ def work(case: dict[str, object], flags: list[str]) -> None:
     model = build_model(args, classes).to(place.device)
     state = build_training(model, args, place, classes)
     objective = build_objective(args, place, classes)
-    reporter, keeper = Reporter(None, args, enabled=False), Keeper(None, args, place)
+    reporter, manager = Reporter(None, args, enabled=False), CheckpointManager(None, args, place)
     for _ in range(2):
-        record = train_one_epoch(state, loader, objective, args, place, reporter, keeper)
+        record = train_one_epoch(state, loader, objective, args, place, reporter, manager)
         state.next_epoch()
     memory = largest_over_ranks(round(record["train_memory_mib"]), place)
     if place.is_main:

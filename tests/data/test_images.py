@@ -134,7 +134,7 @@ def test_cache_and_bad_images(parsed, colours):
 def test_cache_that_does_not_fit_is_refused(parsed, colours, monkeypatch):
     used = 12 * 40 * 48 * 3
     for free, processes in ((2 * used - 10_000, 1), (4 * used - 20_000, 2)):
-        monkeypatch.setattr(images_module, "_free_memory", lambda free=free: free)
+        monkeypatch.setattr(images_module, "free_memory", lambda free=free: free)
         monkeypatch.setitem(os.environ, "LOCAL_WORLD_SIZE", str(processes))
         with pytest.raises(UserError, match="--cache: the images take more than"):
             build_datasets(parsed("--data-path", colours, "--cache"))

@@ -9,9 +9,9 @@ import torch
 
 from vim.data import build_datasets, build_loaders
 from vim.engine import checkpoints, run, training
-from vim.engine.arguments import parse_args
+from vim.engine.arguments import parse_args, parse_interval
 from vim.engine.build import build_model, build_training
-from vim.engine.checkpoints import Keeper, parse_interval
+from vim.engine.checkpoints import CheckpointManager
 from vim.engine.distributed import Place
 from vim.errors import UserError
 
@@ -207,10 +207,10 @@ def test_checkpoint_interval(tree, tmp_path, monkeypatch):
             parse_interval(text)
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    keeper = Keeper(None, parse_args(flags(tree, "--checkpoint-interval", "10min")), PLACE)
-    assert not keeper.due(1000)
+    manager = CheckpointManager(None, parse_args(flags(tree, "--checkpoint-interval", "10min")), PLACE)
+    assert not manager.due(1000)
     now[0] += 601
-    assert keeper.due(1)
+    assert manager.due(1)
 
 
 def test_retention(tree, tmp_path):

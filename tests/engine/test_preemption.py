@@ -161,7 +161,10 @@ def test_damaged_checkpoint_is_passed_over(tree, undisturbed, tmp_path):
 def test_auto_takes_the_newest_good_checkpoint(tmp_path, caplog):
     """Every kind of damage is passed over; with none left the run does not silently start afresh."""
     assert checkpoints.read("auto", str(tmp_path)) is None
-    good = {"model": {"a": torch.zeros(1)}, "optimizer": {}, "args": {}, "epoch": 1, "step": 0}
+    counts = dict.fromkeys(("epoch", "step", "skipped", "updates"), 0)
+    numbers = dict.fromkeys(("best", "loss_sum", "norm_sum"), 0.0)
+    parts = {"model": {"a": torch.zeros(1)}, "optimizer": {}, "lr_scheduler": {}, "model_ema": None, "scaler": None}
+    good = {**parts, **counts, **numbers, "args": {}, "world_size": 1}
     for k, name in enumerate(("checkpoint_0001.pth", "best_checkpoint.pth", "previous_checkpoint.pth")):
         checkpoints.save_atomically({**good, "epoch": k + 1}, tmp_path / name)
         os.utime(tmp_path / name, (k, k))

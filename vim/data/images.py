@@ -154,7 +154,7 @@ class Samples(Dataset):
 
     def _fill_cache(self) -> None:
         """Decode every image into memory before workers start: they share it, as pages that nobody writes."""
-        limit = _free_memory() // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        limit = free_memory() // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         used, begun = 0, time.perf_counter()
         cache: list[np.ndarray | None] = [None] * len(self)
         targets = [LEFT_OUT] * len(self)
@@ -182,7 +182,7 @@ class Samples(Dataset):
         _logger.info("%d images in memory: %.1f MB, read in %.1f s", len(self), used / 1e6, time.perf_counter() - begun)
 
 
-def _free_memory() -> int:
+def free_memory() -> int:
     """Bytes that can be taken without swapping, or all of the memory where the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()

@@ -1,6 +1,8 @@
 """The command line: published flags with their names and defaults, then the project's own."""
 
 import argparse
+import re
+import reprlib
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -9,9 +11,10 @@ import yaml
 from timm.utils import ParseKwargs
 
 from vim.data import BAD_IMAGE, DATA_SETS, FACTORY_PREFIXES, INAT_CATEGORIES, MAX_IMAGE_PIXELS
-from vim.engine.checkpoints import parse_interval
 from vim.engine.trackers import TRACKERS, check_trackers
 from vim.errors import UserError
+
+_LARGEST_CONFIG = 256 * 1024
 
 
 class _Parser(argparse.ArgumentParser):
@@ -198,6 +201,22 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse_interval(text: str) -> tuple[int, float]:
+    """`--checkpoint-interval` → (steps, seconds), the one not asked for 0: "500" or "500steps", "10min".
+
+    Raises:
+        UserError: neither.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(steps?|m|min|minutes?)?", text)
+    if not text:
+        return 0, 0.0
+    if match is None or float(match[1]) <= 0:
+        raise UserError(f"--checkpoint-interval is {text!r}, expected steps as in 500 or 500steps, or minutes as 10min")
+    if (match[2] or "steps").startswith("m"):
+        return 0, 60 * float(match[1])
+    return int(float(match[1])), 0.0
+
+
 def _flags_of(config: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
     """The flags of a YAML file by destination, each with a value that its flag takes.
 
@@ -205,41 +224,86 @@ def _flags_of(config: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
         UserError: the file cannot be read, or has an unknown flag or a value of another kind.
     """
     try:
-        content = yaml.safe_load(config.read_text())
-    except (OSError, yaml.YAMLError) as error:
+        if config.stat().st_size > _LARGEST_CONFIG:
+            raise UserError(f"--config {config} has more than {_LARGEST_CONFIG // 1024} KiB, which no recipe needs")
+        content = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"--config {config} is not in UTF-8: save it in that encoding ({error.reason})") from error
+    except RecursionError as error:
+        raise UserError(f"--config {config} is nested too deeply for a mapping of flags to values") from error
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"--config {config} cannot be read as YAML: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"--config {config} must hold one mapping of flags to values")
     flags = {str(k).replace("-", "_"): v for k, v in content.items()}
-    actions = {action.dest: action for action in parser._actions if action.dest != "help"}
-    if unknown := sorted(set(flags) - set(actions)):
+    if unknown := sorted(set(flags) - set(_actions(parser))):
         raise UserError(f"--config {config} has unknown flags: {', '.join(unknown)}")
-    return {name: _checked(value, actions[name], config) for name, value in flags.items()}
+    return _checked_flags(flags, f"--config {config}", parser)
 
 
-def _checked(value: Any, action: argparse.Action, config: Path) -> Any:
+def known_flags(flags: dict[str, Any], source: str) -> dict[str, Any]:
+    """Flags by destination, each with a value that its flag takes; without those that this version does not know.
+
+    Args:
+        flags: of a run, such as a checkpoint holds.
+        source: what to call them in errors.
+
+    Raises:
+        UserError: a value of another kind.
+    """
+    parser = build_parser()
+    known = _actions(parser)
+    return _checked_flags({name: value for name, value in flags.items() if name in known}, source, parser)
+
+
+def _actions(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    return {action.dest: action for action in parser._actions if action.dest != "help"}
+
+
+def _checked_flags(flags: dict[str, Any], source: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    actions = _actions(parser)
+    return {name: _checked(value, actions[name], source) for name, value in flags.items()}
+
+
+def _is_plain(value: Any, depth: int = 3) -> bool:
+    """Whether a value is text, a number or None, or a short nest of lists and mappings of these.
+
+    A file of a few lines can nest references so that a walk over them, or their text, never ends.
+    """
+    if isinstance(value, dict):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, list | tuple):
+        return depth > 0 and len(value) <= 1000 and all(_is_plain(v, depth - 1) for v in value)
+    return value is None or isinstance(value, str | int | float)
+
+
+def _checked(value: Any, action: argparse.Action, source: str) -> Any:
     """A YAML value as the flag's type; argparse itself takes defaults as they come."""
-    name = f"{action.dest.replace('_', '-')} of --config {config}"
+    name = f"{action.dest.replace('_', '-')} of {source}"
+    shown = reprlib.repr(value)
     if value is None and action.default is None:
         return None
     if action.nargs == 0:
         if not isinstance(value, bool):
-            raise UserError(f"{name} is {value!r}, expected true or false")
+            raise UserError(f"{name} is {shown}, expected true or false")
         return value
     if isinstance(action, _ModelKwargs):
-        if not isinstance(value, dict):
-            raise UserError(f"{name} is {value!r}, expected a mapping of argument names to values")
+        if not isinstance(value, dict) or not all(isinstance(k, str) for k in value) or not _is_plain(value):
+            raise UserError(f"{name} is {shown}, expected a mapping of argument names to values")
         return value
-    if action.nargs == "+" and not isinstance(value, list):
-        raise UserError(f"{name} is {value!r}, expected a list")
+    if (action.nargs == "+") != isinstance(value, list):
+        raise UserError(f"{name} is {shown}, expected {'a list' if action.nargs == '+' else 'one value'}")
     kind = action.type or str
+    values = value if action.nargs == "+" else [value]
+    if not all(isinstance(v, str | int | float) for v in values):
+        raise UserError(f"{name} is {shown}, expected {kind.__name__}")
     try:
         # Text such as 5e-4, which YAML does not take for a number, is converted; 2.5 epochs are not cut to 2.
-        values = [kind(str(v)) for v in (value if action.nargs == "+" else [value])]
+        values = [kind(str(v)) for v in values]
     except ValueError as error:
-        raise UserError(f"{name} is {value!r}, expected {kind.__name__}") from error
+        raise UserError(f"{name} is {shown}, expected {kind.__name__}") from error
     if action.choices is not None and (bad := [v for v in values if v not in action.choices]):
-        raise UserError(f"{name} is {bad[0]!r}, expected one of {', '.join(map(str, action.choices))}")
+        raise UserError(f"{name} is {reprlib.repr(bad[0])}, expected one of {', '.join(map(str, action.choices))}")
     return values if action.nargs == "+" else values[0]
 
 

@@ -2,6 +2,8 @@
 
 import argparse
 import difflib
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import timm
@@ -10,76 +12,65 @@ from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_grou
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from vim.data.images import free_memory
 from vim.engine.distributed import Place, replicate, shard
+from vim.engine.inherited import load_weights, own_flags, read_weights
 from vim.engine.losses import Objective
 from vim.engine.schedules import build_scheduler
 from vim.engine.state import TrainState
 from vim.engine.training import model_options
 from vim.errors import UserError
-from vim.models import CheckpointError, extract_state_dict, load_checkpoint, load_into
 
 
-def build_model(args: argparse.Namespace, num_classes: int, name: str = "") -> nn.Module:
-    """The model that `--model` names, or `name`.
+def build_model(
+    args: argparse.Namespace, num_classes: int, name: str = "", options: dict[str, Any] | None = None
+) -> nn.Module:
+    """The model that `--model` names, with `--model-kwargs`; or `name`, with `options`.
 
     Raises:
         UserError: timm does not know it, or it cannot have that image size.
     """
-    name = name or args.model
+    name, options = (name, options or {}) if name else (args.model, args.model_kwargs)
+    if loading := [key for key in options if key.startswith(("pretrained", "cache_dir", "checkpoint_path"))]:
+        raise UserError(f"--model-kwargs {loading[0]} loads weights: leave it out and pass --finetune FILE")
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3) or timm.list_models("vim_*")
         raise UserError(f"there is no model {name!r}: did you mean {', '.join(close)}?")
     cfg = timm.get_pretrained_cfg(name)
     # Models of any image size, such as convolutional ones, have no such argument.
     size = {"img_size": args.input_size} if cfg is not None and cfg.fixed_input_size else {}
+    create = partial(
+        timm.create_model, name, num_classes=num_classes, drop_rate=args.drop, drop_path_rate=args.drop_path,
+        in_chans=args.in_chans, **size, **options,
+    )  # fmt: skip
     try:
-        return timm.create_model(
-            name,
-            num_classes=num_classes,
-            drop_rate=args.drop,
-            drop_path_rate=args.drop_path,
-            in_chans=args.in_chans,
-            **size,
-            **(args.model_kwargs if name == args.model else {}),
-        )
-    except (ValueError, AssertionError) as error:
-        raise UserError(f"{name} cannot be built with --input-size {args.input_size}: {error}") from error
+        # Sizes that no memory holds, as a checkpoint may ask for.
+        if (needed := _bytes_of(create)) > (free := free_memory()):
+            raise ValueError(f"its weights take {needed / 2**30:,.1f} GiB, and {free / 2**30:,.1f} are free")
+        return create()
+    except (ValueError, AssertionError, MemoryError) as error:
+        raise UserError(
+            f"{name} cannot be built with --input-size {args.input_size} {_text(options)}: {error}"
+        ) from error
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        raise UserError(f"{name} with {_text(options)} does not fit into memory: choose a smaller one") from error
     except TypeError as error:
-        raise UserError(f"{name} cannot be built with --model-kwargs {args.model_kwargs}: {error}") from error
+        raise UserError(f"{name} cannot be built with {_text(options)}: {error}") from error
 
 
-def read_weights(path: str) -> dict[str, Any]:
-    """`load_checkpoint` with its errors as the user's."""
+def _bytes_of(create: Callable[[], nn.Module]) -> int:
+    """Memory that a model's weights will take; 0 for one whose construction needs values of tensors."""
     try:
-        return load_checkpoint(path)
-    except CheckpointError as error:
-        raise UserError(str(error)) from error
+        with torch.device("meta"):
+            return sum(tensor.nbytes for tensor in create().state_dict().values())
+    except (RuntimeError, NotImplementedError):
+        return 0
 
 
-def put_weights(
-    model: nn.Module, checkpoint: dict[str, Any], *, reset_head: bool = False, use_ema: bool = False
-) -> None:
-    """`load_into` with its errors as the user's."""
-    try:
-        load_into(model, extract_state_dict(checkpoint, use_ema=use_ema), reset_head=reset_head)
-    except CheckpointError as error:
-        raise UserError(str(error)) from error
-
-
-def head_size(args: argparse.Namespace, checkpoint: dict[str, Any]) -> int:
-    """Classes that the weights of a checkpoint tell apart.
-
-    Raises:
-        UserError: its head cannot be found.
-    """
-    if args.num_classes:
-        return args.num_classes
-    cfg = timm.get_pretrained_cfg(args.model) if timm.is_model(args.model) else None
-    head = getattr(cfg, "classifier", None)
-    weight = extract_state_dict(checkpoint).get(f"{head}.weight") if isinstance(head, str) else None
-    if weight is None:
-        raise UserError(f"the head of {args.model} was not found in the checkpoint: pass --num-classes")
-    return len(weight)
+def _text(options: dict[str, Any]) -> str:
+    return f"--model-kwargs {' '.join(f'{k}={v}' for k, v in options.items())}" if options else "no --model-kwargs"
 
 
 def build_training(model: nn.Module, args: argparse.Namespace, place: Place, num_classes: int) -> TrainState:
@@ -128,8 +119,11 @@ def build_objective(args: argparse.Namespace, place: Place, num_classes: int) ->
         return Objective(args, num_classes)
     if not args.teacher_path:
         raise UserError(f"--distillation-type {args.distillation_type} needs --teacher-path, the teacher's checkpoint")
-    teacher = build_model(args, num_classes, args.teacher_model)
-    put_weights(teacher, read_weights(args.teacher_path))
+    weights = read_weights(args.teacher_path)
+    saved = own_flags(weights) or {}
+    options = saved.get("model_kwargs", {}) if saved.get("model") == args.teacher_model else {}
+    teacher = build_model(args, num_classes, args.teacher_model, options)
+    load_weights(teacher, weights)
     return Objective(args, num_classes, teacher.to(place.device))
 
 

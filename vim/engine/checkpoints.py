@@ -7,7 +7,6 @@ epoch, position), so the counters in the file say them all.
 import argparse
 import logging
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable
@@ -16,21 +15,29 @@ from typing import Any
 
 import torch
 
+from vim.engine.arguments import parse_interval
 from vim.engine.distributed import Place
 from vim.engine.state import TrainState
 from vim.errors import UserError
-from vim.models.checkpoint import CheckpointError, load_checkpoint
+from vim.models.checkpoint import CheckpointError, extract_state_dict, has_ema, load_checkpoint
 
 _logger = logging.getLogger("vision_mamba")
 
 FORMAT_VERSION = 2
 LAST, PREVIOUS, BEST = "checkpoint.pth", "previous_checkpoint.pth", "best_checkpoint.pth"
 _EVERY = "checkpoint_*.pth"
+_TEMPORARY = ".tmp"
+_COUNT, _NUMBER = (int,), (int, float)
+_ENTRIES: dict[str, tuple[type, ...]] = {
+    "model": (dict,), "optimizer": (dict,), "lr_scheduler": (dict,), "args": (dict,), "epoch": _COUNT, "step": _COUNT,
+    "world_size": _COUNT, "skipped": _COUNT, "updates": _COUNT, "best": _NUMBER, "loss_sum": _NUMBER,
+    "norm_sum": _NUMBER, "model_ema": (type(None), dict), "scaler": (type(None), dict),
+}  # fmt: skip
 
 
 def _write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file, then rename it: `path` holds the old file or the whole new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}{_TEMPORARY}")
     try:
         write(temporary)
         with temporary.open("rb") as file:
@@ -39,6 +46,8 @@ def _write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    if not hasattr(os, "O_DIRECTORY"):  # Windows opens no folders
+        return
     # The rename itself must reach the disk too.
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -52,33 +61,25 @@ def save_atomically(content: dict[str, Any], path: Path) -> None:
     _write_atomically(path, lambda temporary: torch.save({"format_version": FORMAT_VERSION, **content}, temporary))
 
 
-def parse_interval(text: str) -> tuple[int, float]:
-    """`--checkpoint-interval` → (steps, seconds), the one not asked for 0: "500" or "500steps", "10min".
-
-    Raises:
-        UserError: neither.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(steps?|m|min|minutes?)?", text)
-    if not text:
-        return 0, 0.0
-    if match is None or float(match[1]) <= 0:
-        raise UserError(f"--checkpoint-interval is {text!r}, expected steps as in 500 or 500steps, or minutes as 10min")
-    if (match[2] or "steps").startswith("m"):
-        return 0, 60 * float(match[1])
-    return int(float(match[1])), 0.0
-
-
-class Keeper:
+class CheckpointManager:
     """Writes a run's checkpoints into its folder: the last, the one before it, the best, every N-th epoch's.
+
+    Files that a killed process left half-written are removed.
 
     Args:
         folder: of the run; None keeps nothing.
         args: parsed flags.
         place: of this process.
+        classes: names of the classes, by number, if they have any.
     """
 
-    def __init__(self, folder: Path | None, args: argparse.Namespace, place: Place) -> None:
-        self.folder, self.args, self.place = folder, args, place
+    def __init__(
+        self, folder: Path | None, args: argparse.Namespace, place: Place, classes: list[str] | None = None
+    ) -> None:
+        self.folder, self.args, self.place, self.classes = folder, args, place, classes
+        if folder is not None and place.is_main:
+            for leftover in folder.glob(f".*.pth{_TEMPORARY}"):
+                leftover.unlink(missing_ok=True)
         self._steps, self._seconds = parse_interval(args.checkpoint_interval)
         self._saved_at = time.monotonic()
         self._since = 0
@@ -106,12 +107,25 @@ class Keeper:
         if not self.place.is_main:
             return None
         path = self.folder / name
-        if name == LAST and path.exists():
-            previous = self.folder / PREVIOUS
-            _write_atomically(previous, lambda temporary: _link(path, temporary))
-        save_atomically({**content, "args": vars(self.args), "world_size": self.place.world_size, **extra}, path)
-        for copy in copies:
-            _write_atomically(self.folder / copy, lambda temporary: shutil.copyfile(path, temporary))
+        grid = getattr(getattr(state.model, "patch_embed", None), "grid_size", None)
+        content |= {
+            "args": vars(self.args), "world_size": self.place.world_size, "classes": self.classes,
+            # Rows and columns that the position embedding stands for.
+            "grid": None if grid is None else tuple(grid), **extra,
+        }  # fmt: skip
+        try:
+            if name == LAST and path.exists():
+                previous = self.folder / PREVIOUS
+                _write_atomically(previous, lambda temporary: _link(path, temporary))
+            save_atomically(content, path)
+            for copy in copies:
+                _write_atomically(self.folder / copy, lambda temporary: shutil.copyfile(path, temporary))
+        except (OSError, RuntimeError) as error:  # RuntimeError: of torch's archive writer, on a full disk
+            reason = getattr(error, "strerror", None) or "the disk is full, or the file too large for it"
+            raise UserError(
+                f"{path} cannot be written ({reason}): the checkpoint before it is kept; make room or mend the "
+                "folder, then continue with --resume auto"
+            ) from error
         return path
 
     def save_epoch(self, state: TrainState, *, improved: bool) -> None:
@@ -132,10 +146,32 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
+def _check_entries(checkpoint: dict[str, Any]) -> None:
+    """Refuse a checkpoint of this project that lacks an entry, or has one of another type.
+
+    Raises:
+        CheckpointError: see above.
+    """
+    if missing := sorted(set(_ENTRIES) - set(checkpoint)):
+        raise CheckpointError(f"it lacks {', '.join(missing)}")
+    for name, types in _ENTRIES.items():
+        if not isinstance(value := checkpoint[name], types) or isinstance(value, bool):
+            raise CheckpointError(f"its {name} is a {type(value).__name__}, expected a {types[-1].__name__}")
+        if types is _COUNT and value < (name == "world_size"):
+            raise CheckpointError(f"its {name} is {value}")
+    extract_state_dict(checkpoint)
+    if has_ema(checkpoint):
+        extract_state_dict(checkpoint, use_ema=True)
+
+
 def _read_own(path: Path) -> dict[str, Any]:
     checkpoint = load_checkpoint(path)
-    if missing := {"format_version", "model", "optimizer", "epoch", "step", "args"} - set(checkpoint):
-        raise CheckpointError(f"{path} lacks {', '.join(sorted(missing))}")
+    try:
+        if "format_version" not in checkpoint:
+            raise CheckpointError("no run of this project wrote it")
+        _check_entries(checkpoint)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} cannot be continued: {error}") from error
     return checkpoint
 
 
@@ -175,12 +211,18 @@ def is_own(checkpoint: dict[str, Any]) -> bool:
     """Whether this project's training wrote the checkpoint.
 
     Raises:
-        UserError: another version of the project wrote it.
+        UserError: another version of the project wrote it, or it lacks what a run needs.
     """
     version = checkpoint.get("format_version")
-    if isinstance(version, int) and version != FORMAT_VERSION:
+    if version is not None and version != FORMAT_VERSION:
         raise UserError(
-            f"the checkpoint has format version {version}, this version of the project reads {FORMAT_VERSION}: use the "
-            "version of vision-mamba that wrote it, or start from its weights with --finetune"
+            f"the checkpoint has format version {str(version)[:20]}, this version of the project reads "
+            f"{FORMAT_VERSION}: use the version of vision-mamba that wrote it, or start from its weights by --finetune"
         )
-    return isinstance(version, int)
+    if version is None:
+        return False
+    try:
+        _check_entries(checkpoint)
+    except CheckpointError as error:
+        raise UserError(f"the checkpoint cannot be used, {error}") from error
+    return True

@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import math
 import resource
 import sys
 import time
@@ -27,6 +28,12 @@ def memory_mib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes there, KiB elsewhere
+
+
+def to_json(record: dict[str, Any]) -> str:
+    """One line of JSON, which knows neither NaN nor infinity: null stands for them."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    return json.dumps(finite, allow_nan=False)
 
 
 class Reporter:
@@ -158,7 +165,7 @@ class Reporter:
         self._records.append(record)
         if self._folder is not None:
             with (self._folder / "log.txt").open("a") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(to_json(record) + "\n")
         numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
         self._track(numbers, record["epoch"])
         averaged = f"  averaged {record['ema_test_acc1']:.2f} %" if "ema_test_acc1" in record else ""

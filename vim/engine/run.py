@@ -2,8 +2,8 @@
 
 import argparse
 import importlib
-import json
 import logging
+import math
 import signal
 import sys
 from collections.abc import Iterator
@@ -18,23 +18,27 @@ from torch import nn
 from vim.data import build_datasets, build_loaders, seed_all
 from vim.engine import checkpoints
 from vim.engine.arguments import parse_args, save_config
-from vim.engine.build import build_model, build_objective, build_training, head_size, put_weights, read_weights
-from vim.engine.checkpoints import Keeper
+from vim.engine.build import build_model, build_objective, build_training
+from vim.engine.checkpoints import CheckpointManager
 from vim.engine.distributed import Place, choose_place, count_bad_images
 from vim.engine.evaluation import PerClass, evaluate, read_class_index
+from vim.engine.inherited import (
+    check_model_options,
+    class_names,
+    continue_flags,
+    head_size,
+    load_weights,
+    match_classes,
+    read_weights,
+)
 from vim.engine.losses import Objective
-from vim.engine.reporting import Reporter
+from vim.engine.reporting import Reporter, to_json
 from vim.engine.state import TrainState
 from vim.engine.training import train_one_epoch
 from vim.errors import USER_ERRORS, UserError
+from vim.models.checkpoint import has_ema
 
 _logger = logging.getLogger("vision_mamba")
-
-# What a checkpoint's own flags do not decide: they belong to the machine and the command at hand.
-_NOT_FROM_CHECKPOINT = (
-    "config", "resume", "eval", "finetune", "output_dir", "device", "num_workers", "start_epoch", "local_rank", "fsdp",
-    "distributed", "world_size", "dist_url", "per_class_csv", "class_index",
-)  # fmt: skip
 
 
 def set_up_logging() -> None:
@@ -83,26 +87,28 @@ def run(argv: list[str] | None = None) -> dict[str, float]:
     checkpoint = checkpoints.read(args.resume, args.output_dir) if args.resume else None
     own = checkpoint is not None and checkpoints.is_own(checkpoint)
     if own:
-        defaults = {k: v for k, v in checkpoint["args"].items() if k not in _NOT_FROM_CHECKPOINT}
-        args = parse_args(argv, defaults)
-        if (args.model, args.model_kwargs) != (trained := (defaults["model"], defaults.get("model_kwargs", {}))):
-            _logger.warning("the checkpoint is of %s %s, not of %s %s", *trained, args.model, args.model_kwargs)
-    seed_all(args.seed)
-    train_set, eval_set, num_classes = build_datasets(args)
+        args = continue_flags(checkpoint, argv)
+    weights = checkpoint
     if checkpoint is None and args.finetune:
         weights = read_weights(args.finetune)
-    else:
-        weights = checkpoint
+        check_model_options(weights, args)
+    if args.eval and weights is None:
+        raise UserError(f"--resume auto found no checkpoint to evaluate in {args.output_dir}: train first, or name one")
+    seed_all(args.seed)
+    train_set, eval_set, num_classes = build_datasets(args)
     columns = None
-    if args.class_index:
-        subset, num_classes = (
-            [str(c) for c in getattr(eval_set, "classes", range(num_classes))],
-            head_size(args, weights),
-        )
-        columns = read_class_index(Path(args.class_index), subset, num_classes)
+    if args.eval:
+        columns, num_classes = _evaluated_classes(args, weights, eval_set, num_classes)
+    elif own and (numbers := match_classes(weights, train_set, training=True)) is not None:
+        known = class_names(weights)
+        num_classes = len(known)
+        train_set.relabel(numbers, known)
+        eval_set.relabel(numbers, known)
     model = build_model(args, num_classes)
     if weights is not None:
-        put_weights(model, weights, reset_head=weights is not checkpoint and not args.eval)
+        finetuned = weights is not checkpoint and not args.eval
+        classes = getattr(train_set, "classes", None) if finetuned else None
+        load_weights(model, weights, reset_head=finetuned, classes=classes)
     model.to(place.device)
     train_loader, eval_loader = build_loaders(args, train_set, eval_set, world_size=place.world_size, rank=place.rank)
     if args.eval:
@@ -118,9 +124,26 @@ def run(argv: list[str] | None = None) -> dict[str, float]:
     reporter = Reporter(output_dir, args, enabled=place.is_main, first_step=done)
     try:
         with _stopping_on_signals(state):
-            return _train(state, train_loader, eval_loader, objective, args, place, reporter, output_dir)
+            manager = CheckpointManager(output_dir, args, place, getattr(train_set, "classes", None))
+            return _train(state, train_loader, eval_loader, objective, args, place, reporter, manager)
     finally:
         reporter.close()
+
+
+def _evaluated_classes(
+    args: argparse.Namespace, weights: dict[str, Any], eval_set: Any, num_classes: int
+) -> tuple[list[int] | None, int]:
+    """The model's output for each class of the set, None where they are the same, and the model's number of classes.
+
+    Raises:
+        UserError: classes of the set that the model has not, or cannot be found.
+    """
+    if args.class_index:
+        names = [str(c) for c in getattr(eval_set, "classes", range(num_classes))]
+        num_classes = head_size(args, weights)
+        return read_class_index(Path(args.class_index), names, num_classes), num_classes
+    columns = match_classes(weights, eval_set, training=False)
+    return columns, num_classes if columns is None else len(class_names(weights))
 
 
 @contextmanager
@@ -159,18 +182,17 @@ def _train(
     args: argparse.Namespace,
     place: Place,
     reporter: Reporter,
-    output_dir: Path | None,
+    manager: CheckpointManager,
 ) -> dict[str, float]:
-    keeper = Keeper(output_dir, args, place)
     record: dict[str, Any] = {}
     if state.epoch >= args.epochs:
         _logger.info("all %d epochs are done: pass more --epochs to go on", args.epochs)
     while state.epoch < args.epochs:
         epoch = state.epoch
-        trained = train_one_epoch(state, train_loader, objective, args, place, reporter, keeper)
+        trained = train_one_epoch(state, train_loader, objective, args, place, reporter, manager)
         tested = None if trained is None else _evaluate_both(state, eval_loader, args, place, reporter)
         if tested is None:
-            path = keeper.save(state)
+            path = manager.save(state)
             _logger.info(
                 "stopped by a signal in epoch %d after step %d: %s", epoch + 1, state.step,
                 f"{path} is saved, continue with --resume auto" if path else "nothing is saved without --output-dir",
@@ -185,7 +207,7 @@ def _train(
         record = {"epoch": epoch, **trained, **tested, "best_acc1": state.best, "bad_images": bad}
         # The line first: a run killed in between writes it again, which readers of the log allow for.
         reporter.epoch(record)
-        keeper.save_epoch(state, improved=improved)
+        manager.save_epoch(state, improved=improved)
     reporter.summary()
     return record
 
@@ -218,11 +240,13 @@ def _evaluate_only(
     names = getattr(data, "classes", range(len(columns) if columns else model.num_classes))
     per_class = PerClass([str(name) for name in names]) if args.per_class_csv else None
     record = evaluate(model, eval_loader, args, place, reporter, per_class, columns=columns)
+    _check_finite(record, args)
     if per_class is not None:
         per_class.write(Path(args.per_class_csv), place)
-    if isinstance(weights.get("model_ema"), dict):
-        put_weights(model, weights, use_ema=True)
+    if has_ema(weights):
+        load_weights(model, weights, use_ema=True)
         averaged = evaluate(model, eval_loader, args, place, reporter, columns=columns)
+        _check_finite(averaged, args)
         record |= {f"ema_{k}": v for k, v in averaged.items()}
     if place.is_main:
         for prefix, what in (("", "test images"), ("ema_", "test images, averaged weights")):
@@ -231,5 +255,14 @@ def _evaluate_only(
                     record[f"{prefix}test_{k}"] for k in ("images", "acc1", "acc5", "loss", "images_per_s")
                 )
                 print(f"{count} {what}: top-1 {acc1:.3f} %  top-5 {acc5:.3f} %  loss {loss:.4f}  {rate:.0f} images/s")
-        print(json.dumps(record))
+        print(to_json(record))
     return record
+
+
+def _check_finite(record: dict[str, float], args: argparse.Namespace) -> None:
+    if not math.isfinite(record["test_loss"]):
+        precision = f"; try float32 in place of --amp-dtype {args.amp_dtype}" if args.if_amp else ""
+        raise UserError(
+            f"the loss over the {record['test_images']} test images is {record['test_loss']}: the model's outputs are "
+            f"not finite, so these weights are of no use{precision}"
+        )

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from vim.engine.inherited import own_flags
 from vim.errors import UserError
 
 _logger = logging.getLogger("vision_mamba")
@@ -83,14 +84,16 @@ class TrainState:
         options = StateDictOptions(full_state_dict=True)
         try:
             lr = [group["lr"] for group in self.optimizer.param_groups]
+            _check_optimizer(checkpoint["optimizer"], get_optimizer_state_dict(self.model, self.optimizer))
             set_optimizer_state_dict(self.model, self.optimizer, checkpoint["optimizer"], options=options)
             if self.scaler is not None and checkpoint["scaler"] is not None:
+                _check_like(checkpoint["scaler"], self.scaler.state_dict(), "the loss scaler")
                 self.scaler.load_state_dict(checkpoint["scaler"])
             if self.ema is not None and checkpoint["model_ema"] is not None:
                 set_model_state_dict(self.ema.module, checkpoint["model_ema"], options=options)
             for name in self._COUNTERS:
                 setattr(self, name, checkpoint[name])
-            saved, before = checkpoint["args"], checkpoint["world_size"]
+            saved, before = own_flags(checkpoint), checkpoint["world_size"]
             changed = [n for n in _SCHEDULE_FLAGS if n in saved and saved[n] != getattr(args, n)]
             if changed or before != world_size:
                 what = ", ".join(f"--{n.replace('_', '-')}" for n in changed) or "the number of processes"
@@ -100,13 +103,78 @@ class TrainState:
                 if self.epoch > 0:
                     self.scheduler.step(self.epoch - 1, self.best)
             else:
+                _check_like(checkpoint["lr_scheduler"], self.scheduler.state_dict(), "the schedule")
                 self.scheduler.load_state_dict(checkpoint["lr_scheduler"])
             samples, now = self.step * saved["batch_size"] * before, args.batch_size * world_size
         except (KeyError, ValueError, RuntimeError) as error:
-            raise UserError(f"the checkpoint's training state does not fit this run: {error}") from error
+            raise UserError(
+                f"the checkpoint's training state does not fit this run: {error}; --resume goes on with the same "
+                "model, image size and optimizer, --finetune starts from the weights alone"
+            ) from error
         if samples % now:
             raise UserError(
                 f"the checkpoint lies {samples} samples into an epoch, no multiple of {now}, the images of a step now: "
                 f"resume with --batch-size {saved['batch_size']} on {before} processes, or from an epoch's end"
             )
         self.step = samples // now
+
+
+def _check_optimizer(saved: dict[str, Any], own: dict[str, Any]) -> None:
+    """Refuse an optimizer's state of other parameters: torch takes tensors of any shape, and its kernels trust them.
+
+    Args:
+        saved, own: from `get_optimizer_state_dict`, by parameter name.
+
+    Raises:
+        ValueError: names, groups, shapes or types that differ.
+    """
+    if not all(isinstance(saved.get(key), kind) for key, kind in (("state", dict), ("param_groups", list))):
+        raise ValueError("the optimizer has no state by parameter name")
+    if unknown := sorted(map(str, set(saved["state"]) - set(own["state"]))):
+        raise ValueError(f"the optimizer has a state of {unknown[0]}, which the model has not")
+    for name, state in saved["state"].items():
+        _check_like(state, own["state"][name], f"the optimizer's state of {name}")
+    names = [_names(groups["param_groups"]) for groups in (saved, own)]
+    if names[0] != names[1]:
+        sizes = [", ".join(str(len(group)) for group in groups) for groups in names]
+        raise ValueError(f"the optimizer has groups of {sizes[0]} parameters, this run of {sizes[1]}")
+    for group, mine in zip(saved["param_groups"], own["param_groups"], strict=True):
+        for key in (set(group) & set(mine)) - {"params"}:
+            _check_like(group[key], mine[key], f"the optimizer's {key}")
+
+
+def _names(groups: list[Any]) -> list[list[str]]:
+    params = [group.get("params") if isinstance(group, dict) else None for group in groups]
+    if not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in params):
+        raise ValueError("the optimizer's groups name no parameters")
+    return [sorted(names) for names in params]
+
+
+def _check_like(saved: Any, own: Any, what: str) -> None:
+    """Refuse a saved value of another form than this run's: keys, lengths, shapes and types.
+
+    Raises:
+        ValueError: see above.
+    """
+    if isinstance(own, dict):
+        if not isinstance(saved, dict) or set(saved) != set(own):
+            raise ValueError(f"{what} has other entries than this run's: {', '.join(map(str, own))}")
+        for key, value in own.items():
+            _check_like(saved[key], value, f"{what}: {key}")
+    elif isinstance(own, list | tuple):
+        if not isinstance(saved, list | tuple) or len(saved) != len(own):
+            raise ValueError(f"{what} is no list of {len(own)}")
+        for value, mine in zip(saved, own, strict=True):
+            _check_like(value, mine, what)
+    elif isinstance(own, torch.Tensor):
+        if not isinstance(saved, torch.Tensor) or saved.layout != torch.strided:
+            raise ValueError(f"{what} is no tensor")
+        if saved.shape != own.shape or saved.dtype != own.dtype:
+            raise ValueError(f"{what} is {tuple(saved.shape)} {saved.dtype}, this run's {tuple(own.shape)} {own.dtype}")
+        if saved.untyped_storage().nbytes() < saved.numel() * saved.element_size():
+            raise ValueError(f"{what} is an expanded tensor")
+    elif isinstance(own, int | float):
+        if not isinstance(saved, int | float) and saved is not None:
+            raise ValueError(f"{what} is no number")
+    elif isinstance(saved, torch.Tensor | dict | list):
+        raise ValueError(f"{what} is a {type(saved).__name__}")

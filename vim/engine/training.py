@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from vim.data import seed_all
 from vim.data.loaders import TrainLoader
-from vim.engine.checkpoints import Keeper
+from vim.engine.checkpoints import CheckpointManager
 from vim.engine.distributed import Place, sum_over_ranks, without_gradient_exchange
 from vim.engine.losses import Objective
 from vim.engine.reporting import Reporter, memory_mib
@@ -53,7 +53,7 @@ def train_one_epoch(
     args: argparse.Namespace,
     place: Place,
     reporter: Reporter,
-    keeper: Keeper,
+    manager: CheckpointManager,
 ) -> dict[str, float] | None:
     """Run the epoch `state.epoch` from `state.step` on.
 
@@ -77,7 +77,7 @@ def train_one_epoch(
         loss, seconds = _accumulate(state, batches, group, objective, args, place, reporter)
         waited += seconds
         norm = _clip(state, args)
-        loss, norm, stop, save = _agree(loss, norm, state.stop_requested, keeper.due(group), group, place)
+        loss, norm, stop, save = _agree(loss, norm, state.stop_requested, manager.due(group), group, place)
         if math.isfinite(loss) and math.isfinite(norm):
             _update(state)
             state.loss_sum, state.norm_sum = state.loss_sum + loss, state.norm_sum + norm
@@ -87,7 +87,7 @@ def train_one_epoch(
             if state.scaler is not None:
                 state.scaler.update()
         else:
-            _stop_not_finite(state, loss, norm, group, loader, args, place, keeper)
+            _stop_not_finite(state, loss, norm, group, loader, args, place, manager)
         images = group * args.batch_size * place.world_size
         images_seen += images
         state.step += group
@@ -99,7 +99,7 @@ def train_one_epoch(
             reporter.finish()
             return None
         if save:
-            keeper.save(state)
+            manager.save(state)
     reporter.finish()
     reporter.histograms(state.model, state.epoch)
     seconds = time.perf_counter() - begun
@@ -192,7 +192,7 @@ def _stop_not_finite(
     loader: TrainLoader,
     args: argparse.Namespace,
     place: Place,
-    keeper: Keeper,
+    manager: CheckpointManager,
 ) -> None:
     """Save what reproduces the update, and stop."""
     indices: Any = [loader.batch_indices(state.step + k) for k in range(group)]
@@ -202,7 +202,7 @@ def _stop_not_finite(
         indices = gathered
     else:
         indices = [indices]
-    path = keeper.save(state, NOT_FINITE, nonfinite={"loss": loss, "grad_norm": norm, "indices_rank_step": indices})
+    path = manager.save(state, NOT_FINITE, nonfinite={"loss": loss, "grad_norm": norm, "indices_rank_step": indices})
     kept = (
         f"the state before it and the data-set indices of its images are in {path}: --resume {path} runs into it again"
         if path is not None
