@@ -17,7 +17,9 @@ from timm.models import save_for_hf
 from vim.models import CheckpointError, extract_state_dict, load_checkpoint, load_into
 
 NANO = "vim_nano_patch4_32"
-PUBLISHED = {n: timm.get_pretrained_cfg(n) for n in timm.list_models("vim_*", exclude_filters="*layernorm*") if "nano" not in n}
+PUBLISHED = {
+    n: timm.get_pretrained_cfg(n) for n in timm.list_models("vim_*", exclude_filters="*layernorm*") if "nano" not in n
+}
 
 
 @pytest.fixture(scope="module")
