@@ -93,6 +93,34 @@ def plot_predictions(
     plt.close(figure)
 
 
+def plot_classes(images: Sequence[np.ndarray], classes: Sequence[list[tuple[str, float]]], path: Path) -> None:
+    """Images with the likeliest classes of each as bars below it.
+
+    Args:
+        images: pictures that matplotlib shows, such as PIL's.
+        classes: pairs (name, probability) of each, likeliest first.
+        path: PNG to write.
+    """
+    columns = min(4, len(images))
+    rows = -(-len(images) // columns)
+    figure = plt.figure(figsize=(3.2 * columns, 4.6 * rows), layout="constrained")
+    grid = figure.add_gridspec(2 * rows, columns, height_ratios=[3, 1.2] * rows)
+    for k, (image, pairs) in enumerate(zip(images, classes, strict=True)):
+        row, column = divmod(k, columns)
+        shown, bars = figure.add_subplot(grid[2 * row, column]), figure.add_subplot(grid[2 * row + 1, column])
+        shown.imshow(image, cmap="gray")
+        shown.axis("off")
+        shown.set_title(f"{pairs[0][0]} {pairs[0][1]:.0%}", fontsize=10)
+        heights = range(len(pairs), 0, -1)
+        bars.barh(heights, [probability for _, probability in pairs], color=[_RIGHT] + ["0.75"] * (len(pairs) - 1))
+        for height, (name, probability) in zip(heights, pairs, strict=True):
+            bars.text(0.02, height, f"{name} {probability:.1%}", va="center", fontsize=8)
+        bars.set(xlim=(0, 1), xticks=[], yticks=[])
+        bars.spines[:].set_visible(False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def plot_confusion(targets: np.ndarray, predictions: np.ndarray, classes: Sequence[str], path: Path) -> None:
     """Confusion matrix in percent of each true class.
 

@@ -14,19 +14,22 @@ from vim.analysis.plots import plot_confusion, plot_curves, plot_predictions, re
 from vim.data import build_datasets, build_loaders
 from vim.data.transforms import normalisation
 from vim.engine import checkpoints
-from vim.engine.arguments import parse_args
 from vim.engine.build import build_model
 from vim.engine.distributed import choose_place
 from vim.engine.evaluation import evaluate
+from vim.engine.inherited import class_names, continue_flags, load_weights, match_classes
 from vim.engine.reporting import Reporter
 from vim.errors import USER_ERRORS, UserError
-from vim.models import extract_state_dict, load_into
 
 PANEL = 32
 
 
-def report(output_dir: Path) -> list[tuple[str, Path]]:
+def report(output_dir: Path, argv: list[str]) -> list[tuple[str, Path]]:
     """Write the pictures of the run in `output_dir`; gives what each path is.
+
+    Args:
+        output_dir: folder of the run.
+        argv: flags of `main.py` that differ from the run's.
 
     Raises:
         UserError: the folder holds no finished epoch of a run.
@@ -35,12 +38,12 @@ def report(output_dir: Path) -> list[tuple[str, Path]]:
     checkpoint = checkpoints.read(str(path), "")
     if not checkpoints.is_own(checkpoint):
         raise UserError(f"{path} was not written by this project's training")
-    defaults = {k: v for k, v in checkpoint["args"].items() if k not in ("config", "resume", "finetune")}
-    args = parse_args(["--eval", "--resume", str(path)], defaults)
+    args = continue_flags(checkpoint, ["--eval", "--resume", str(path), *argv])
     place = choose_place(args)
     _, eval_set, num_classes = build_datasets(args)
-    model = build_model(args, num_classes)
-    load_into(model, extract_state_dict(checkpoint))
+    columns = match_classes(checkpoint, eval_set, training=False)
+    model = build_model(args, num_classes if columns is None else len(class_names(checkpoint)))
+    load_weights(model, checkpoint)
     model.to(place.device)
     _, loader = build_loaders(args, None, eval_set, world_size=1, rank=0)
     probabilities, targets = [], []
@@ -49,7 +52,7 @@ def report(output_dir: Path) -> list[tuple[str, Path]]:
         probabilities.append(logits.softmax(1).cpu())
         targets.append(labels.cpu())
 
-    evaluate(model, loader, args, place, Reporter(None, args, enabled=False), keep)
+    evaluate(model, loader, args, place, Reporter(None, args, enabled=False), keep, columns=columns)
     confidence, predicted = torch.cat(probabilities).max(1)
     target = torch.cat(targets)
     classes = getattr(eval_set, "classes", [str(k) for k in range(num_classes)])
@@ -76,10 +79,11 @@ def report(output_dir: Path) -> list[tuple[str, Path]]:
 def main(argv: list[str] | None = None) -> int:
     """Command line: 0, or 2 after a user's error."""
     parser = argparse.ArgumentParser(prog="python -m vim.analysis.report", description=__doc__.splitlines()[0])
-    parser.add_argument("output_dir", type=Path, help="folder of a run")
-    output_dir = parser.parse_args(argv).output_dir
+    parser.add_argument("output_dir", type=Path, help="folder of a run; flags of main.py may follow")
+    known, flags = parser.parse_known_args(argv)
+    output_dir = known.output_dir
     try:
-        written = report(output_dir)
+        written = report(output_dir, flags)
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

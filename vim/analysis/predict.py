@@ -1,0 +1,113 @@
+"""The classes of pictures: `python -m vim.analysis.predict --checkpoint FILE IMAGE...`.
+
+Prints the five likeliest classes of each picture and draws them beside it.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import timm
+import torch
+from timm.data import ImageNetInfo
+
+from vim.analysis.plots import plot_classes
+from vim.data.images import decode, limit_pixels
+from vim.data.transforms import build_transform
+from vim.engine import checkpoints
+from vim.engine.arguments import parse_args
+from vim.engine.build import build_model
+from vim.engine.distributed import choose_place
+from vim.engine.inherited import class_names, continue_flags, head_size, load_weights
+from vim.engine.run import set_up_logging
+from vim.engine.training import autocast
+from vim.errors import USER_ERRORS, UserError
+
+TOP = 5
+
+
+def _names(checkpoint: dict, num_classes: int) -> list[str]:
+    """The checkpoint's own class names, ImageNet's for a thousand classes, or numbers."""
+    if known := class_names(checkpoint):
+        return known
+    if num_classes == 1000:
+        info = ImageNetInfo()
+        return [info.index_to_description(k).split(",")[0] for k in range(1000)]
+    return [f"class {k}" for k in range(num_classes)]
+
+
+@torch.no_grad()
+def predict(checkpoint: Path, images: list[Path], argv: list[str]) -> list[list[tuple[str, float]]]:
+    """The likeliest classes of pictures, each as pairs (name, probability), likeliest first.
+
+    Args:
+        checkpoint: a file of `main.py`, or another program's with `--model` in `argv`.
+        images: pictures.
+        argv: flags of `main.py` beside `--eval` and `--resume`.
+
+    Raises:
+        UserError: a file that cannot be read, or weights of another model.
+    """
+    content = checkpoints.read(str(checkpoint), "")
+    argv = ["--eval", "--resume", str(checkpoint), *argv]
+    if checkpoints.is_own(content):
+        args = continue_flags(content, argv)
+    else:
+        # Published files keep the flags of their run.
+        named = argv[argv.index("--model") + 1] if "--model" in argv else getattr(content.get("args"), "model", None)
+        if named is None:
+            raise UserError(f"{checkpoint} does not name its model: pass --model")
+        size = timm.get_pretrained_cfg(named).input_size if timm.is_model(str(named)) else (3, 224, 224)
+        args = parse_args(argv, {"model": str(named), "in_chans": size[0], "input_size": size[-1]})
+    place = choose_place(args)
+    num_classes = head_size(args, content)
+    model = build_model(args, num_classes)
+    load_weights(model, content)
+    model.to(place.device).eval()
+    transform, names = build_transform(False, args), _names(content, num_classes)
+    limit_pixels(args.max_image_pixels)
+    results = []
+    for path in images:
+        picture = transform(decode(path, "L" if args.in_chans == 1 else "RGB"))
+        with autocast(args, place):
+            logits = model(picture[None].to(place.device))
+        values, classes = logits.float().softmax(1)[0].topk(min(TOP, num_classes))
+        if not values.isfinite().all():
+            raise UserError(f"the model's outputs for {path} are not finite, so its weights are of no use")
+        results.append([(names[k], p) for k, p in zip(classes.tolist(), values.tolist(), strict=True)])
+    return results
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line: 0, or 2 after a user's error."""
+    parser = argparse.ArgumentParser(prog="python -m vim.analysis.predict", description=__doc__.splitlines()[0])
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="of main.py, or another one with --model")
+    parser.add_argument("--out", type=Path, default=Path("predictions.png"), help="picture to write")
+    parser.add_argument("--model", help="name of the model, where the checkpoint does not say it")
+    parser.add_argument("--device", help="cuda or cpu")
+    parser.add_argument("--max-image-pixels", help="pictures of more pixels are refused")
+    args = parser.parse_args(argv)
+    given = {"--model": args.model, "--device": args.device, "--max-image-pixels": args.max_image_pixels}
+    set_up_logging()
+    try:
+        flags = [word for flag, value in given.items() if value is not None for word in (flag, value)]
+        results = predict(args.checkpoint, args.images, flags)
+        for path, classes in zip(args.images, results, strict=True):
+            print(path)
+            for name, probability in classes:
+                print(f"  {probability:6.1%}  {name}")
+        try:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            plot_classes([decode(path, "RGB") for path in args.images], results, args.out)
+        except OSError as error:
+            raise UserError(f"--out {args.out} cannot be written: {error.strerror or error}") from error
+    except USER_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"drawn in {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
