@@ -19,6 +19,9 @@
 #define __launch_bounds__(...)
 #define __restrict__ __restrict
 
+struct float2 {
+    float x, y;
+};
 struct float4 {
     float x, y, z, w;
 };
@@ -149,14 +152,23 @@ inline void __syncwarp() {
     vim::emulation::barrier(warp.arrived, warp.generation, 32);
 }
 
-inline float __shfl_xor_sync(unsigned, float value, int mask) {
-    auto* block = vim::emulation::block;
-    vim::emulation::Warp& warp = block->warps[block->current / 32];
-    int lane = block->current % 32;
+namespace vim::emulation {
+
+// The values of all lanes of this thread's warp.
+inline void gather(float value, float (&all)[32]) {
+    Warp& warp = block->warps[block->current / 32];
     float* slots = warp.slots[warp.generation & 1];  // two sets: a late lane still reads while an early one writes on
-    slots[lane] = value;
-    vim::emulation::barrier(warp.arrived, warp.generation, 32);
-    return slots[lane ^ mask];
+    slots[block->current % 32] = value;
+    barrier(warp.arrived, warp.generation, 32);
+    std::memcpy(all, slots, sizeof all);
+}
+
+}  // namespace vim::emulation
+
+inline float __shfl_xor_sync(unsigned, float value, int mask) {
+    float all[32];
+    vim::emulation::gather(value, all);
+    return all[vim::emulation::block->current % 32 ^ mask];
 }
 
 namespace vim {

@@ -17,8 +17,10 @@ constexpr int kLanes = 4;          // forward scan: lanes that share a channel, 
 #define VIM_FORWARD_WARPS 16
 #endif
 constexpr int kForwardWarps = VIM_FORWARD_WARPS;  // that a multiprocessor is to hold: bounds the registers of a thread
-constexpr int kBackwardThreads = 256;
 constexpr int kStatesPerThread = 4;  // backward scan: states per thread; 4, 8 or 16 neighbouring lanes share a channel
+constexpr int kBackwardWarps = 6;    // backward scan: of a block, each with 32 / lanes channels of its own
+constexpr int kBackwardBlocks = 2;   // backward scan: that a multiprocessor is to hold, which bounds the registers of a thread
+constexpr int kBackwardThreads = kBackwardWarps * 32;
 
 // What differs between the two directions of a bidirectional mixer.
 struct ScanSide {
@@ -45,6 +47,7 @@ struct ScanForwardArgs {
     const void* z;       // gate or null
     const void* addend;  // added to the output, or null
     void* out;
+    void* ungated;       // (batch, seqlen, dim) contiguous or null: scale * (y_0 + y_1), for the gradient of z
     float* chunk_steps;  // (sides, batch, chunks, dim): sum of dt over each chunk, long-sequence variant only
     int64_t z_batch, z_token, addend_batch, addend_token, out_batch, out_token;
     int64_t batch, seqlen, dim;
@@ -59,27 +62,37 @@ struct ScanForwardArgs {
     int32_t reserved;
 };
 
-struct ScanBackwardArgs {
-    ScanSide side;  // boundaries are those of the forward scan
-    const void* z;
-    const void* dout;
-    void* du;
+// One direction's gradients.
+struct ScanBackwardSide {
+    ScanSide in;               // boundaries are those of the forward scan; initial_state and last_state are not read
+    void* du;                  // (batch, seqlen, dim) contiguous, as ddelta
     void* ddelta;
-    void* dz;                  // null exactly if z is null
     void* dB;                  // (batch, seqlen, groups, dstate), strides dbc_token and dbc_group; a batch row is seqlen tokens
     void* dC;
     float* dA;                 // (dim, dstate)
     float* dD;                 // (dim) or null
     float* ddelta_bias;        // (dim) or null
-    const float* dlast_state;  // (batch, dim, dstate) or null
     float* dinitial_state;     // (batch, dim, dstate) or null
-    float* workspace;          // vim_scan_backward_workspace() floats
-    int64_t z_batch, z_token, dout_batch, dout_token, dz_batch, dz_token;  // du, ddelta: contiguous
+    const float* dlast_state;  // (batch, dim, dstate) or null
+};
+
+struct ScanBackwardArgs {
+    ScanBackwardSide side[2];
+    const void* z;        // gate or null
+    const void* ungated;  // (batch, seqlen, dim) contiguous: what the forward scan multiplied by the gate; null exactly if z is
+    const void* dout;
+    void* dz;             // null exactly if z is null
+    float* workspace;     // vim_scan_backward_workspace() floats
+    int64_t z_batch, z_token, dout_batch, dout_token, dz_batch, dz_token;
     int64_t dbc_token, dbc_group;
     int64_t batch, seqlen, dim;
-    int32_t dstate, groups, type, softplus;
-    int32_t accumulate_dz;  // add onto dz instead of writing it
+    int32_t dstate, groups;
+    int32_t sides;        // 1, or 2 whose outputs were added before the gate
+    int32_t type;         // of all that is not float
+    int32_t softplus;
+    int32_t chunk_tiles;  // tiles per chunk of time, 0: the whole sequence in one block
     float scale;
+    int32_t reserved;
 };
 
 VIM_HD constexpr int padded_states(int dstate) { return dstate <= 16 ? 16 : dstate <= 32 ? 32 : 64; }
@@ -89,27 +102,35 @@ constexpr int64_t forward_blocks(int64_t dim, int64_t groups, int channels_per_l
     return groups * ceil_div(dim / groups, kSideThreads / kLanes * channels_per_lane);
 }
 
-// Floats of the backward kernel's shared memory: five (token, channel) tiles, B and C, partial sums over states for each
-// thread, partial sums over channels for each warp.
-constexpr int backward_shared_floats(int states) {
-    int channels = kBackwardThreads * kStatesPerThread / states;
-    return 5 * kTile * channels + kTile * 2 * states + 3 * kTile * kBackwardThreads +
-           (kBackwardThreads / 32) * kTile * 2 * states;
+VIM_HD constexpr int backward_channels(int states) {
+    return kBackwardWarps * 32 * kStatesPerThread / states;  // of a block
 }
 
-VIM_HD constexpr int backward_channels(int states) { return kBackwardThreads * kStatesPerThread / states; }
-
+// Where a side's partial sums lie in the workspace of the backward scan, in floats.
 struct BackwardPlan {
-    int64_t tiles;           // of channels, in one group
-    int64_t bc_floats;       // partial dB and dC: (groups * tiles, batch, seqlen, 2, states)
-    int64_t dA_floats;       // partial dA: (batch, dim, dstate)
-    int64_t channel_floats;  // partial dD and ddelta_bias: (batch, 2, dim)
+    int64_t blocks;    // of channels, in one group
+    int64_t chunks;    // of time
+    int64_t adjoints;  // (batch, chunks, dim, padded states): adjoint on entering a chunk; none if there is one chunk
+    int64_t bc;        // partial dB and dC: (groups * blocks, batch, seqlen, 2, padded states)
+    int64_t dA;        // partial dA: (batch * chunks, dim, dstate)
+    int64_t channel;   // partial dD and ddelta_bias: (batch * chunks, 2, dim)
+    int64_t steps;     // (batch, chunks, dim): sum of dt over a chunk; none if there is one chunk
+    int64_t floats;    // of a side
 };
 
-VIM_HD constexpr BackwardPlan backward_plan(int64_t batch, int64_t seqlen, int64_t dim, int dstate, int groups) {
-    int states = padded_states(dstate);
-    int64_t tiles = ceil_div(dim / groups, backward_channels(states));
-    return BackwardPlan{tiles, tiles * groups * batch * seqlen * 2 * states, batch * dim * dstate, batch * 2 * dim};
+VIM_HD constexpr BackwardPlan backward_plan(int64_t batch, int64_t seqlen, int64_t dim, int dstate, int groups, int chunk_tiles) {
+    const int64_t states = padded_states(dstate), tiles = ceil_div(seqlen, kTile);
+    BackwardPlan plan{};
+    plan.blocks = ceil_div(dim / groups, backward_channels(static_cast<int>(states)));
+    plan.chunks = chunk_tiles > 0 ? ceil_div(tiles, chunk_tiles) : 1;
+    const int64_t rows = batch * plan.chunks * dim, cut = plan.chunks > 1 ? 1 : 0;
+    plan.adjoints = 0;
+    plan.bc = plan.adjoints + cut * rows * states;
+    plan.dA = plan.bc + groups * plan.blocks * batch * seqlen * 2 * states;
+    plan.channel = plan.dA + rows * dstate;
+    plan.steps = plan.channel + 2 * rows;
+    plan.floats = ceil_div(plan.steps + cut * rows, 4) * 4;  // a multiple of 16 bytes, as rows of dB and dC are
+    return plan;
 }
 
 }  // namespace vim

@@ -1,23 +1,69 @@
 // Selective scan, backward: time runs against the scan, one tile of 16 tokens after another.
 //
-// A block owns some channels of one batch row; STATES / 4 neighbouring lanes share a channel with four states each. For each
-// tile the block first does what is per (token, channel) with coalesced loads (step, gate and its slope into shared memory),
-// then every thread recomputes its states over the tile from the saved boundary, walks back, and leaves partial sums: over
-// its states (for du, ddelta, dz) and, through shuffles, over the channels of its warp (for dB, dC). All sums end in fixed
-// order: warps of the block here, blocks and batch rows in the kernels below. Tokens past the end have step, input and
-// output gradient zero, which changes neither state.
-#include <initializer_list>
-
+// STATES / 4 neighbouring lanes share a channel, with four states each; a warp has its own channels and a block several
+// warps. Tiles of the inputs come in by asynchronous copies. For each tile every lane first does what is per (token,
+// channel) for its share of the tokens and leaves it in shared memory, then recomputes its states over the tile from the
+// saved boundary, keeps them in registers, and walks back. Sums over the states of a channel are reduce-scattered over its
+// lanes, so that each lane finishes the tokens that it began with; du, ddelta and dz replace u, delta and z in the tile,
+// which then goes out in whole rows. dB and dC, sums over channels, are formed by shuffles in a warp, then in a fixed order
+// over the warps of the block here and over blocks in a kernel below; dA, dD and the bias over batch rows and chunks.
+//
+// Both directions of a mixer share a launch. A long sequence with few channels is cut in time: a first pass finds what each
+// chunk adds to the adjoint state from zero, a second the adjoint on entering every chunk. Tokens past the end have step,
+// input and output gradient zero, which changes neither state nor adjoint.
+#include "async_copy.h"
 #include "scan.h"
 
 namespace vim {
 namespace {
 
-// Sums eight values over the lanes that differ in the bits of `mask` = LOW, 2 LOW, ..., 16, halving what a lane keeps at
-// each step: afterwards lane `l` holds 8 / lanes values (or one, over any further lanes added in full). Returns the index
-// of the first value kept.
+template <typename T, int STATES>
+struct BackwardShape {
+    static constexpr int kLanes = STATES / kStatesPerThread;  // that share a channel
+    static constexpr int kWarpChannels = 32 / kLanes;
+    static constexpr int kChannels = kWarpChannels * kBackwardWarps;
+    static constexpr int kSteps = kTile / kLanes;  // tokens of a tile that a lane begins and finishes
+    static constexpr int kRow = 2 * STATES;        // B | C of a token
+    static constexpr int kPitch = kChannels + 8;   // of a tile's rows: the lanes of a channel meet no bank twice
+    static constexpr int kPieces = kChannels * static_cast<int>(sizeof(T)) / 16;  // of 16 bytes in an aligned row
+};
+
+template <typename T, int STATES>
+struct BackwardTiles {
+    using Shape = BackwardShape<T, STATES>;
+    using Tile = T[kTile * Shape::kPitch];
+    struct alignas(16) Inputs {
+        Tile u, delta, dout, z, ungated;
+    };
+    Inputs inputs[2];
+    float bc[2][kTile * Shape::kRow];
+    // Of a token and channel, for each warp:
+    float2 steps[kBackwardWarps][kTile * Shape::kWarpChannels];    // step * u, and step
+    float gradients[kBackwardWarps][kTile * Shape::kWarpChannels];  // of y + D u
+    float slopes[kBackwardWarps][kTile * Shape::kWarpChannels];     // d step / d delta
+    float sums[kBackwardWarps][kTile * Shape::kRow];                // dB | dC over a warp's channels
+};
+
+// Sums value[i] over `LANES` neighbouring lanes; lane `part` of them is left with the sum of value[part].
+template <int LANES>
+VIM_DEVICE float reduce_scatter(float (&value)[LANES], int part) {
+#pragma unroll
+    for (int keep = LANES / 2; keep >= 1; keep /= 2) {
+        const bool upper = (part & keep) != 0;
+#pragma unroll
+        for (int i = 0; i < keep; ++i) {
+            const float give = upper ? value[i] : value[i + keep];
+            const float own = upper ? value[i + keep] : value[i];
+            value[i] = own + __shfl_xor_sync(0xffffffffu, give, keep);
+        }
+    }
+    return value[0];
+}
+
+// Sums eight values over the lanes that differ in the bits LOW, 2 LOW, ..., 16, halving what a lane keeps at each step:
+// afterwards it holds 8 / lanes values (or one, over any further lanes added in full). Returns the index of the first.
 template <int LOW>
-VIM_DEVICE int reduce_scatter(float (&value)[8], int lane) {
+VIM_DEVICE int reduce_over_channels(float (&value)[8], int lane) {
     int first = 0;
     int keep = 8;
 #pragma unroll
@@ -40,91 +86,84 @@ VIM_DEVICE int reduce_scatter(float (&value)[8], int lane) {
     return first;
 }
 
-template <typename T, int STATES>
-__global__ void __launch_bounds__(kBackwardThreads) scan_backward_kernel(const ScanBackwardArgs args) {
-    constexpr int kLanes = STATES / kStatesPerThread;      // that share a channel
-    constexpr int kChannels = kBackwardThreads / kLanes;   // of the block
-    constexpr int kRows = kLanes;                          // tokens that the block handles at once, per channel
-    constexpr int kPasses = kTile / kRows;
-    constexpr int kWarps = kBackwardThreads / 32;
-    constexpr int kRow = 2 * STATES;                       // B | C of a token
-    constexpr int kKept = kLanes == 4 ? 1 : kLanes == 8 ? 2 : 4;  // values a lane keeps of its eight: 8 / (32 / kLanes)
-    constexpr int kStage = kTile * kRow / kBackwardThreads;
+// ALIGNED: tiles are copied 16 bytes at a time. ADJOINT_ONLY: the first pass over a sequence that is cut in time.
+template <typename T, int STATES, bool ALIGNED, bool ADJOINT_ONLY>
+__global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks) scan_backward_kernel(const ScanBackwardArgs args) {
+    using Shape = BackwardShape<T, STATES>;
+    constexpr int kLanes = Shape::kLanes, kWarpChannels = Shape::kWarpChannels, kChannels = Shape::kChannels;
+    constexpr int kRow = Shape::kRow, kPitch = Shape::kPitch, kPieces = Shape::kPieces;
+    constexpr int kStage = (kTile * kRow + kBackwardThreads - 1) / kBackwardThreads;
+    auto& shared = *reinterpret_cast<BackwardTiles<T, STATES>*>(vim_shared_memory);
 
-    float* shared = reinterpret_cast<float*>(vim_shared_memory);
-    float* s_dt = shared;
-    float* s_u = s_dt + kTile * kChannels;
-    float* s_dy = s_u + kTile * kChannels;      // gradient of y + D u
-    float* s_dz = s_dy + kTile * kChannels;     // dz = s_dz (y + D u)
-    float* s_slope = s_dz + kTile * kChannels;  // d dt / d delta
-    float* s_bc = s_slope + kTile * kChannels;
-    float* s_part = s_bc + kTile * kRow;                  // [y | sum dh B | sum dh h decay A][token][thread]
-    float* s_warp = s_part + 3 * kTile * kBackwardThreads;  // [warp][token][dB | dC]
-
-    const ScanSide& side = args.side;
-    const bool reverse = side.reverse != 0;
-    const int tid = threadIdx.x;
-    const int lane = tid % 32;
-    const int warp = tid / 32;
-    const int dim = static_cast<int>(args.dim);
-    const int seqlen = static_cast<int>(args.seqlen);
-    const int dstate = args.dstate;
+    const int side_index = static_cast<int>(blockIdx.z) % args.sides;
+    const int chunk = static_cast<int>(blockIdx.z) / args.sides;
+    const ScanBackwardSide& side = args.side[side_index];
+    const ScanSide& in = side.in;
+    const bool reverse = in.reverse != 0;
+    const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
+    const int own = lane / kLanes, part = lane % kLanes;  // channel of the warp's, and which states of it
+    const int dim = static_cast<int>(args.dim), seqlen = static_cast<int>(args.seqlen), dstate = args.dstate;
     const int group_dim = dim / args.groups;
-    const int channel_tiles = static_cast<int>(ceil_div(group_dim, kChannels));
-    const int group = static_cast<int>(blockIdx.x) / channel_tiles;
-    const int in_group = (static_cast<int>(blockIdx.x) % channel_tiles) * kChannels;
+    const int group_blocks = static_cast<int>(ceil_div(group_dim, kChannels));
+    const int group = static_cast<int>(blockIdx.x) / group_blocks;
+    const int in_group = static_cast<int>(blockIdx.x) % group_blocks * kChannels;
+    const int first_channel = group * group_dim + in_group;
+    const int live_channels = group_dim - in_group;  // of the block's, and possibly more
+    const int column = warp * kWarpChannels + own;
+    const bool live = column < live_channels;
+    const int channel = live ? first_channel + column : 0;
     const int64_t batch = blockIdx.y;
+    const bool gated = args.z != nullptr;
+    const bool with_dz = gated && side_index == 0 && !ADJOINT_ONLY;
+
     const int tiles = static_cast<int>(ceil_div(seqlen, kTile));
-
-    // Two views of the block: (row, column) for what is per (token, channel), (own, part) for what is per (channel, state).
-    const int column = tid % kChannels;
-    const int row = tid / kChannels;
-    const bool column_live = in_group + column < group_dim;
-    const int column_channel = group * group_dim + (column_live ? in_group + column : 0);
-    const int own = tid / kLanes;
-    const int part = tid % kLanes * kStatesPerThread;
-    const bool own_live = in_group + own < group_dim;
-    const int own_channel = group * group_dim + (own_live ? in_group + own : 0);
-
-    auto at = [](int t, int64_t stride) { return static_cast<int64_t>(t) * static_cast<int>(stride); };
-    const T* u = static_cast<const T*>(side.u) + batch * side.u_batch + column_channel;
-    const T* delta = static_cast<const T*>(side.delta) + batch * side.delta_batch + column_channel;
-    const T* dout = static_cast<const T*>(args.dout) + batch * args.dout_batch + column_channel;
-    const T* z = args.z == nullptr ? nullptr : static_cast<const T*>(args.z) + batch * args.z_batch + column_channel;
-    const T* B = static_cast<const T*>(side.B) + batch * side.B_batch + group * side.B_group;
-    const T* C = static_cast<const T*>(side.C) + batch * side.C_batch + group * side.C_group;
-    T* du = static_cast<T*>(args.du) + batch * seqlen * dim + column_channel;
-    T* ddelta = static_cast<T*>(args.ddelta) + batch * seqlen * dim + column_channel;
-    T* dz = args.dz == nullptr ? nullptr : static_cast<T*>(args.dz) + batch * args.dz_batch + column_channel;
-    const float bias = side.delta_bias == nullptr ? 0.0f : side.delta_bias[column_channel];
-    const float skip = side.D == nullptr ? 0.0f : side.D[column_channel];
-
-    float rate[kStatesPerThread], adjoint[kStatesPerThread], dA[kStatesPerThread];
-#pragma unroll
-    for (int n = 0; n < kStatesPerThread; ++n) {
-        const bool real = own_live && part + n < dstate;
-        const int64_t index = (batch * dim + own_channel) * dstate + part + n;
-        rate[n] = real ? side.A[own_channel * dstate + part + n] * kLog2E : 0.0f;
-        adjoint[n] = real && args.dlast_state != nullptr ? args.dlast_state[index] : 0.0f;
-        dA[n] = 0.0f;
-    }
-    float dD = 0.0f, dbias = 0.0f;
-
-    auto tile_at = [&](int walked) { return reverse ? walked : tiles - 1 - walked; };
+    const int chunk_tiles = args.chunk_tiles > 0 ? args.chunk_tiles : tiles;
+    const int chunks = (tiles + chunk_tiles - 1) / chunk_tiles;
+    const int tile_begin = chunk * chunk_tiles;
+    const int tile_end = tile_begin + chunk_tiles < tiles ? tile_begin + chunk_tiles : tiles;
+    auto tile_at = [&](int walked) { return reverse ? tile_begin + walked : tile_end - 1 - walked; };
     // Place i of a tile in the order of the scan.
     auto token_at = [&](int tile, int i) { return tile * kTile + (reverse ? kTile - 1 - i : i); };
 
-    T next_u[kPasses], next_delta[kPasses], next_dout[kPasses], next_z[kPasses], next_bc[kStage];
-    auto fetch = [&](int tile) {
-#pragma unroll
-        for (int pass = 0; pass < kPasses; ++pass) {
-            const int t = token_at(tile, pass * kRows + row);
-            if (t >= seqlen || !column_live) continue;
-            next_u[pass] = u[at(t, side.u_token)];
-            next_delta[pass] = delta[at(t, side.delta_token)];
-            next_dout[pass] = dout[at(t, args.dout_token)];
-            if (z != nullptr) next_z[pass] = z[at(t, args.z_token)];
-        }
+    const BackwardPlan plan = backward_plan(args.batch, args.seqlen, args.dim, dstate, args.groups, args.chunk_tiles);
+    float* workspace = args.workspace + side_index * plan.floats;
+    const int64_t chunk_row = (batch * chunks + chunk) * dim;
+
+    auto row_of = [&](const void* data, int64_t batch_stride, int64_t token_stride, int t) {
+        return static_cast<const T*>(data) + (batch * batch_stride + first_channel) +
+               static_cast<int64_t>(t) * static_cast<int>(token_stride);
+    };
+    // Of an aligned tile this thread copies 16 bytes: from this channel of the block's on, in this row.
+    const int piece_row = kPieces > 0 ? tid / kPieces : 0;
+    const int piece = kPieces > 0 ? tid % kPieces * (16 / static_cast<int>(sizeof(T))) : 0;
+    T next_bc[kStage];
+    auto copy_tile = [&](int tile, int buffer) {
+        auto& to = shared.inputs[buffer];
+        auto bring = [&](T* target, const void* data, int64_t batch_stride, int64_t token_stride) {
+            if constexpr (ALIGNED) {
+                if (kTile * kPieces < kBackwardThreads && tid >= kTile * kPieces) return;
+                const int t = token_at(tile, piece_row);
+                const bool inside = t < seqlen && piece < live_channels;
+                copy_async<16>(target + piece_row * kPitch + piece,
+                               row_of(data, batch_stride, token_stride, inside ? t : 0) + (inside ? piece : 0), inside);
+            } else {
+#pragma unroll 1
+                for (int index = tid; index < kTile * kChannels; index += kBackwardThreads) {
+                    const int i = index / kChannels, c = index % kChannels;
+                    const int t = token_at(tile, i);
+                    target[i * kPitch + c] = t < seqlen && c < live_channels
+                                                 ? row_of(data, batch_stride, token_stride, t)[c]
+                                                 : from_float<T>(0.0f);
+                }
+            }
+        };
+        if (!ADJOINT_ONLY) bring(to.u, in.u, in.u_batch, in.u_token);
+        bring(to.delta, in.delta, in.delta_batch, in.delta_token);
+        bring(to.dout, args.dout, args.dout_batch, args.dout_token);
+        if (gated) bring(to.z, args.z, args.z_batch, args.z_token);
+        if (with_dz) bring(to.ungated, args.ungated, args.seqlen * args.dim, args.dim);
+        const T* B = static_cast<const T*>(in.B) + batch * in.B_batch + group * in.B_group;
+        const T* C = static_cast<const T*>(in.C) + batch * in.C_batch + group * in.C_group;
 #pragma unroll
         for (int k = 0; k < kStage; ++k) {
             const int index = k * kBackwardThreads + tid;
@@ -132,209 +171,344 @@ __global__ void __launch_bounds__(kBackwardThreads) scan_backward_kernel(const S
             const bool second = index / STATES % 2 != 0;
             const int t = token_at(tile, index / kRow);
             next_bc[k] = from_float<T>(0.0f);
-            if (t < seqlen && n < dstate)
-                next_bc[k] = second ? C[at(t, side.C_token) + n] : B[at(t, side.B_token) + n];
+            if (index < kTile * kRow && t < seqlen && n < dstate)
+                next_bc[k] = second ? C[static_cast<int64_t>(t) * static_cast<int>(in.C_token) + n]
+                                    : B[static_cast<int64_t>(t) * static_cast<int>(in.B_token) + n];
         }
     };
-
-    fetch(tile_at(0));
-    for (int walked = 0; walked < tiles; ++walked) {
-        const int tile = tile_at(walked);
+    // The tile is whole when all threads have left here.
+    auto arrive = [&](int buffer) {
 #pragma unroll
-        for (int pass = 0; pass < kPasses; ++pass) {
-            const int i = pass * kRows + row;
-            float dt = 0.0f, input = 0.0f, dy = 0.0f, gate_slope = 0.0f, slope = 0.0f;
-            if (column_live && token_at(tile, i) < seqlen) {
-                const float raw = to_float(next_delta[pass]) + bias;
-                dt = args.softplus != 0 ? softplus(raw) : raw;
-                slope = args.softplus != 0 ? sigmoid(raw) : 1.0f;
-                input = to_float(next_u[pass]);
-                dy = to_float(next_dout[pass]) * args.scale;
-                if (z != nullptr) {
-                    const float gate = to_float(next_z[pass]);
-                    const float s = sigmoid(gate);
-                    gate_slope = dy * silu_slope(gate, s);
-                    dy *= gate * s;
-                }
-            }
-            const int place = i * kChannels + column;
-            s_dt[place] = dt;
-            s_u[place] = input;
-            s_dy[place] = dy;
-            s_dz[place] = gate_slope;
-            s_slope[place] = slope;
+        for (int k = 0; k < kStage; ++k) {
+            const int index = k * kBackwardThreads + tid;
+            if (index < kTile * kRow) shared.bc[buffer][index] = to_float(next_bc[k]);
         }
-#pragma unroll
-        for (int k = 0; k < kStage; ++k) s_bc[k * kBackwardThreads + tid] = to_float(next_bc[k]);
-        float entering[kStatesPerThread];
-        {
-            const float4 saved = *reinterpret_cast<const float4*>(
-                side.boundaries + ((batch * tiles + tile) * dim + own_channel) * STATES + part);
-            entering[0] = saved.x, entering[1] = saved.y, entering[2] = saved.z, entering[3] = saved.w;
-        }
+        wait_for_copies();
         __syncthreads();
-        if (walked + 1 < tiles) fetch(tile_at(walked + 1));
+    };
 
-        float history[kTile][kStatesPerThread];
-#pragma unroll
-        for (int i = 0; i < kTile; ++i) {
-            const float dt = s_dt[i * kChannels + own];
-            const float dtu = dt * s_u[i * kChannels + own];
-            const float4 b = *reinterpret_cast<const float4*>(s_bc + i * kRow + part);
-            const float* before = i == 0 ? entering : history[i > 0 ? i - 1 : 0];
-            history[i][0] = advance(before[0], dt, rate[0], dtu, b.x);
-            history[i][1] = advance(before[1], dt, rate[1], dtu, b.y);
-            history[i][2] = advance(before[2], dt, rate[2], dtu, b.z);
-            history[i][3] = advance(before[3], dt, rate[3], dtu, b.w);
-        }
-#pragma unroll
-        for (int i = kTile - 1; i >= 0; --i) {
-            const float dt = s_dt[i * kChannels + own];
-            const float dtu = dt * s_u[i * kChannels + own];
-            const float dy = s_dy[i * kChannels + own];
-            const float4 b4 = *reinterpret_cast<const float4*>(s_bc + i * kRow + part);
-            const float4 c4 = *reinterpret_cast<const float4*>(s_bc + i * kRow + STATES + part);
-            const float b[4] = {b4.x, b4.y, b4.z, b4.w};
-            const float c[4] = {c4.x, c4.y, c4.z, c4.w};
-            float y = 0.0f, input_sum = 0.0f, step_sum = 0.0f;
-            float over_channels[8];
-#pragma unroll
-            for (int n = 0; n < kStatesPerThread; ++n) {
-                const float before = i == 0 ? entering[n] : history[i > 0 ? i - 1 : 0][n];
-                y = fmaf(c[n], history[i][n], y);
-                adjoint[n] = fmaf(c[n], dy, adjoint[n]);
-                over_channels[n] = adjoint[n] * dtu;
-                over_channels[4 + n] = dy * history[i][n];
-                input_sum = fmaf(adjoint[n], b[n], input_sum);
-                adjoint[n] *= exp2_fast(dt * rate[n]);
-                const float through = adjoint[n] * before;
-                dA[n] = fmaf(through, dt, dA[n]);
-                step_sum = fmaf(through, rate[n], step_sum);
-            }
-            s_part[(0 * kTile + i) * kBackwardThreads + tid] = y;
-            s_part[(1 * kTile + i) * kBackwardThreads + tid] = input_sum;
-            s_part[(2 * kTile + i) * kBackwardThreads + tid] = step_sum;
-            const int first = reduce_scatter<kLanes>(over_channels, lane);
-#pragma unroll
-            for (int k = 0; k < kKept; ++k) {
-                const int index = first + k;  // 0-3: dB of states part + index; 4-7: dC
-                s_warp[(warp * kTile + i) * kRow + (index / 4) * STATES + part + index % 4] = over_channels[k];
-            }
-        }
-        __syncthreads();
+    copy_tile(tile_at(0), 0);
 
-#pragma unroll
-        for (int pass = 0; pass < kPasses; ++pass) {
-            const int i = pass * kRows + row;
-            const int t = token_at(tile, i);
-            if (t >= seqlen || !column_live) continue;
-            float y = 0.0f, input_sum = 0.0f, step_sum = 0.0f;
-#pragma unroll
-            for (int k = 0; k < kLanes; ++k) {
-                y += s_part[(0 * kTile + i) * kBackwardThreads + column * kLanes + k];
-                input_sum += s_part[(1 * kTile + i) * kBackwardThreads + column * kLanes + k];
-                step_sum += s_part[(2 * kTile + i) * kBackwardThreads + column * kLanes + k];
-            }
-            const int place = i * kChannels + column;
-            const float input = s_u[place], dy = s_dy[place];
-            // rate is A log2 e, and the derivative of exp(dt A) by dt needs A.
-            const float ddt = fmaf(step_sum, 1.0f / kLog2E, input * input_sum) * s_slope[place];
-            du[at(t, dim)] = from_float<T>(fmaf(s_dt[place], input_sum, skip * dy));
-            ddelta[at(t, dim)] = from_float<T>(ddt);
-            dD = fmaf(dy, input, dD);
-            dbias += ddt;
-            if (dz != nullptr) {
-                float value = s_dz[place] * fmaf(skip, input, y);
-                T* target = dz + at(t, args.dz_token);
-                if (args.accumulate_dz != 0) value += to_float(*target);
-                *target = from_float<T>(value);
-            }
-        }
-        for (int index = tid; index < kTile * kRow; index += kBackwardThreads) {
-            const int t = token_at(tile, index / kRow);
-            if (t >= seqlen) continue;
-            float sum = 0.0f;
-#pragma unroll
-            for (int w = 0; w < kWarps; ++w) sum += s_warp[w * kTile * kRow + index];
-            args.workspace[((blockIdx.x * args.batch + batch) * seqlen + t) * kRow + index % kRow] = sum;
-        }
-        // The next tile's first writes touch only places that this thread read itself, or that were last read before the
-        // barrier above; s_part and s_warp are written again only after the next barrier.
-    }
-
-    const BackwardPlan plan = backward_plan(args.batch, args.seqlen, args.dim, dstate, args.groups);
-    float* partial_dA = args.workspace + plan.bc_floats;
-    float* partial_channel = partial_dA + plan.dA_floats;
+    // `rate` is A log2(e), as `advance` takes it.
+    float rate[kStatesPerThread], adjoint[kStatesPerThread], dA[kStatesPerThread];
 #pragma unroll
     for (int n = 0; n < kStatesPerThread; ++n) {
-        if (!own_live || part + n >= dstate) continue;
-        const int64_t index = (batch * dim + own_channel) * dstate + part + n;
-        partial_dA[index] = dA[n];
-        if (args.dinitial_state != nullptr) args.dinitial_state[index] = adjoint[n];
+        const int state = part * kStatesPerThread + n;
+        const bool real = live && state < dstate;
+        rate[n] = real ? in.A[channel * dstate + state] * kLog2E : 0.0f;
+        adjoint[n] = 0.0f;
+        if (!ADJOINT_ONLY && chunks > 1)
+            adjoint[n] = live ? workspace[plan.adjoints + (chunk_row + channel) * STATES + state] : 0.0f;
+        else if (!ADJOINT_ONLY && real && side.dlast_state != nullptr)
+            adjoint[n] = side.dlast_state[(batch * dim + channel) * dstate + state];
+        dA[n] = 0.0f;
     }
-    __syncthreads();  // s_dt and s_u become scratch
-    s_dt[tid] = dD;
-    s_u[tid] = dbias;
-    __syncthreads();
-    if (row == 0 && column_live) {
-        float total_dD = 0.0f, total_dbias = 0.0f;
+    const float bias = in.delta_bias == nullptr ? 0.0f : in.delta_bias[channel];
+    const float skip = in.D == nullptr ? 0.0f : in.D[channel];
+    float dD = 0.0f, dbias = 0.0f, step_total = 0.0f;
+    const float* boundary = in.boundaries + (batch * tiles * dim + channel) * STATES + part * kStatesPerThread;
+    auto boundary_of = [&](int tile) {
+        return *reinterpret_cast<const float4*>(boundary + static_cast<int64_t>(tile) * dim * STATES);
+    };
+    float4 next_boundary = {0.0f, 0.0f, 0.0f, 0.0f};
+    if (!ADJOINT_ONLY) next_boundary = boundary_of(tile_at(0));
+
+    arrive(0);
+    float2* const steps = shared.steps[warp] + own;
+    float* const gradients = shared.gradients[warp] + own;
+    float* const slopes = shared.slopes[warp] + own;
+    float* const sums = shared.sums[warp];
+
+    for (int walked = 0; walked < tile_end - tile_begin; ++walked) {
+        const int tile = tile_at(walked), buffer = walked & 1;
+        const bool more = walked + 1 < tile_end - tile_begin;
+        auto& inputs = shared.inputs[buffer];
+        const float* bc = shared.bc[buffer] + part * kStatesPerThread;
+        if (more) copy_tile(tile_at(walked + 1), buffer ^ 1);
+
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-            total_dD += s_dt[r * kChannels + column];
-            total_dbias += s_u[r * kChannels + column];
+        for (int k = 0; k < Shape::kSteps; ++k) {
+            const int i = k * kLanes + part;
+            const int place = i * kPitch + column;
+            const float raw = to_float(inputs.delta[place]) + bias;
+            const float input = ADJOINT_ONLY ? 0.0f : to_float(inputs.u[place]);
+            const float positive = softplus(raw), rising = sigmoid(raw);
+            const float dout = to_float(inputs.dout[place]);
+            float dt = args.softplus != 0 ? positive : raw, dy = dout * args.scale;
+            if (gated) {
+                const float gate = to_float(inputs.z[place]), s = sigmoid(gate);
+                if (with_dz)  // `ungated` has the scale in it
+                    inputs.z[place] = from_float<T>(dout * silu_slope(gate, s) * to_float(inputs.ungated[place]));
+                dy *= gate * s;
+            }
+            if (token_at(tile, i) >= seqlen || !live) dt = 0.0f;
+            steps[i * kWarpChannels] = {dt * input, dt};
+            gradients[i * kWarpChannels] = dy;
+            slopes[i * kWarpChannels] = args.softplus != 0 ? rising : 1.0f;
+            step_total += dt;
         }
-        partial_channel[(batch * 2 + 0) * dim + column_channel] = total_dD;
-        partial_channel[(batch * 2 + 1) * dim + column_channel] = total_dbias;
+        __syncwarp();
+
+        if (ADJOINT_ONLY) {
+#pragma unroll
+            for (int i = kTile - 1; i >= 0; --i) {
+                const float dy = gradients[i * kWarpChannels], dt = steps[i * kWarpChannels].y;
+                const float4 c4 = *reinterpret_cast<const float4*>(bc + i * kRow + STATES);
+                const float c[4] = {c4.x, c4.y, c4.z, c4.w};
+#pragma unroll
+                for (int n = 0; n < kStatesPerThread; ++n)
+                    adjoint[n] = fmaf(c[n], dy, adjoint[n]) * exp2_fast(dt * rate[n]);
+            }
+        } else {
+            const float entering[kStatesPerThread] = {next_boundary.x, next_boundary.y, next_boundary.z, next_boundary.w};
+            if (more) next_boundary = boundary_of(tile_at(walked + 1));
+            // One operation for all states, then the next: neighbouring instructions are independent.
+            auto each = [](auto operation) {
+#pragma unroll
+                for (int n = 0; n < kStatesPerThread; ++n) operation(n);
+            };
+            float state[kTile][kStatesPerThread];
+#pragma unroll
+            for (int i = 0; i < kTile; ++i) {
+                const float2 step = steps[i * kWarpChannels];  // times u, and alone
+                const float4 b4 = *reinterpret_cast<const float4*>(bc + i * kRow);
+                const float b[4] = {b4.x, b4.y, b4.z, b4.w};
+                const float* before = i == 0 ? entering : state[i > 0 ? i - 1 : 0];
+                float decay[kStatesPerThread], input[kStatesPerThread];
+                each([&](int n) { decay[n] = exp2_fast(step.y * rate[n]); });
+                each([&](int n) { input[n] = step.x * b[n]; });
+                each([&](int n) { state[i][n] = fmaf(decay[n], before[n], input[n]); });
+            }
+            float input_sums[kLanes], step_sums[kLanes];
+#pragma unroll
+            for (int i = kTile - 1; i >= 0; --i) {
+                const float2 step = steps[i * kWarpChannels];
+                const float dy = gradients[i * kWarpChannels];
+                const float4 b4 = *reinterpret_cast<const float4*>(bc + i * kRow);
+                const float4 c4 = *reinterpret_cast<const float4*>(bc + i * kRow + STATES);
+                const float b[4] = {b4.x, b4.y, b4.z, b4.w}, c[4] = {c4.x, c4.y, c4.z, c4.w};
+                const float* before = i == 0 ? entering : state[i > 0 ? i - 1 : 0];
+                float gradient[kStatesPerThread];  // of the state after token i
+                float decay[kStatesPerThread], through[kStatesPerThread];
+                each([&](int n) { decay[n] = exp2_fast(step.y * rate[n]); });
+                each([&](int n) { gradient[n] = fmaf(c[n], dy, adjoint[n]); });
+                each([&](int n) { adjoint[n] = gradient[n] * decay[n]; });
+                each([&](int n) { through[n] = adjoint[n] * before[n]; });
+                each([&](int n) { dA[n] = fmaf(through[n], step.y, dA[n]); });
+                input_sums[i % kLanes] = fmaf(gradient[0], b[0], gradient[1] * b[1]) + fmaf(gradient[2], b[2], gradient[3] * b[3]);
+                step_sums[i % kLanes] =
+                    fmaf(through[0], rate[0], through[1] * rate[1]) + fmaf(through[2], rate[2], through[3] * rate[3]);
+                float over_channels[2 * kStatesPerThread];
+                each([&](int n) { over_channels[n] = gradient[n] * step.x; });
+                each([&](int n) { over_channels[kStatesPerThread + n] = dy * state[i][n]; });
+                constexpr int kKept = kLanes == 4 ? 1 : kLanes == 8 ? 2 : 4;  // 8 / kWarpChannels
+                const int first = reduce_over_channels<kLanes>(over_channels, lane);
+#pragma unroll
+                for (int k = 0; k < kKept; ++k) {
+                    const int index = first + k;  // 0-3: dB of the lane's states; 4-7: dC
+                    sums[i * kRow + index / 4 * STATES + part * kStatesPerThread + index % 4] = over_channels[k];
+                }
+                if (i % kLanes != 0) continue;
+                // Lane `part` finishes token i + part.
+                const float over_inputs = reduce_scatter<kLanes>(input_sums, part);
+                const float over_steps = reduce_scatter<kLanes>(step_sums, part);
+                const int mine = i + part, place = mine * kPitch + column;
+                const float input = to_float(inputs.u[place]), own_dy = gradients[mine * kWarpChannels];
+                // The derivative of exp(dt A) by dt needs A, and `rate` is A log2(e).
+                const float ddt = fmaf(over_steps, 1.0f / kLog2E, input * over_inputs) * slopes[mine * kWarpChannels];
+                inputs.u[place] = from_float<T>(fmaf(steps[mine * kWarpChannels].y, over_inputs, skip * own_dy));
+                inputs.delta[place] = from_float<T>(ddt);
+                if (token_at(tile, mine) < seqlen) {
+                    dD = fmaf(own_dy, input, dD);
+                    dbias += ddt;
+                }
+            }
+        }
+        __syncthreads();
+
+        if (!ADJOINT_ONLY) {
+            auto send = [&](const T* source, void* data, int64_t batch_stride, int64_t token_stride) {
+                if constexpr (ALIGNED) {
+                    const int t = token_at(tile, piece_row);
+                    if (tid < kTile * kPieces && t < seqlen && piece < live_channels)
+                        *reinterpret_cast<float4*>(const_cast<T*>(row_of(data, batch_stride, token_stride, t)) + piece) =
+                            *reinterpret_cast<const float4*>(source + piece_row * kPitch + piece);
+                } else {
+#pragma unroll 1
+                    for (int index = tid; index < kTile * kChannels; index += kBackwardThreads) {
+                        const int i = index / kChannels, c = index % kChannels;
+                        const int t = token_at(tile, i);
+                        if (t < seqlen && c < live_channels)
+                            const_cast<T*>(row_of(data, batch_stride, token_stride, t))[c] = source[i * kPitch + c];
+                    }
+                }
+            };
+            send(inputs.u, side.du, args.seqlen * args.dim, args.dim);
+            send(inputs.delta, side.ddelta, args.seqlen * args.dim, args.dim);
+            if (with_dz) send(inputs.z, args.dz, args.dz_batch, args.dz_token);
+#pragma unroll 1
+            for (int index = 4 * tid; index < kTile * kRow; index += 4 * kBackwardThreads) {
+                const int t = token_at(tile, index / kRow);
+                if (t >= seqlen) continue;
+                float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+                for (int w = 0; w < kBackwardWarps; ++w) {
+                    const float4 of_warp = *reinterpret_cast<const float4*>(shared.sums[w] + index);
+                    sum = {sum.x + of_warp.x, sum.y + of_warp.y, sum.z + of_warp.z, sum.w + of_warp.w};
+                }
+                *reinterpret_cast<float4*>(workspace + plan.bc + ((blockIdx.x * args.batch + batch) * seqlen + t) * kRow +
+                                           index % kRow) = sum;
+            }
+        }
+        if (more) arrive(buffer ^ 1);
+    }
+
+    auto over_lanes = [](float value) {
+#pragma unroll
+        for (int mask = 1; mask < kLanes; mask *= 2) value += __shfl_xor_sync(0xffffffffu, value, mask);
+        return value;
+    };
+    if (ADJOINT_ONLY) {
+        step_total = over_lanes(step_total);
+        if (!live) return;
+#pragma unroll
+        for (int n = 0; n < kStatesPerThread; ++n)
+            workspace[plan.adjoints + (chunk_row + channel) * STATES + part * kStatesPerThread + n] = adjoint[n];
+        if (part == 0) workspace[plan.steps + chunk_row + channel] = step_total;
+        return;
+    }
+    dD = over_lanes(dD);
+    dbias = over_lanes(dbias);
+    if (!live) return;
+    const bool first_of_scan = chunk == (reverse ? chunks - 1 : 0);
+#pragma unroll
+    for (int n = 0; n < kStatesPerThread; ++n) {
+        const int state = part * kStatesPerThread + n;
+        if (state >= dstate) continue;
+        workspace[plan.dA + (chunk_row + channel) * dstate + state] = dA[n];
+        if (side.dinitial_state != nullptr && first_of_scan)
+            side.dinitial_state[(batch * dim + channel) * dstate + state] = adjoint[n];
+    }
+    if (part == 0) {
+        workspace[plan.channel + 2 * chunk_row + channel] = dD;
+        workspace[plan.channel + 2 * chunk_row + dim + channel] = dbias;
     }
 }
 
-// dB and dC: the sum over the channel tiles of each group, in order, in the inputs' type.
-template <typename T>
-__global__ void __launch_bounds__(256) finish_bc_kernel(const ScanBackwardArgs args) {
+// What a chunk of time adds to the adjoint from zero becomes the adjoint on entering it.
+__global__ void __launch_bounds__(256) join_chunks_kernel(const ScanBackwardArgs args) {
+    const ScanBackwardSide& side = args.side[blockIdx.z];
     const int states = padded_states(args.dstate);
+    const BackwardPlan plan =
+        backward_plan(args.batch, args.seqlen, args.dim, args.dstate, args.groups, args.chunk_tiles);
+    float* workspace = args.workspace + blockIdx.z * plan.floats;
+    const int64_t index = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
+    if (index >= args.dim * states) return;
+    const int64_t channel = index / states, n = index % states, batch = blockIdx.y;
+    const bool real = n < args.dstate;
+    const float rate = real ? side.in.A[channel * args.dstate + n] * kLog2E : 0.0f;
+    float entering =
+        real && side.dlast_state != nullptr ? side.dlast_state[(batch * args.dim + channel) * args.dstate + n] : 0.0f;
+    for (int64_t walked = 0; walked < plan.chunks; ++walked) {
+        const int64_t chunk = side.in.reverse != 0 ? walked : plan.chunks - 1 - walked;
+        const int64_t row = (batch * plan.chunks + chunk) * args.dim + channel;
+        float& place = workspace[plan.adjoints + row * states + n];
+        const float added = place;
+        place = entering;
+        entering = fmaf(exp2_fast(rate * workspace[plan.steps + row]), entering, added);
+    }
+}
+
+// dB and dC: the sum over the blocks of channels of each group, in order, in the inputs' type.
+template <typename T, int STATES>
+__global__ void __launch_bounds__(256) finish_bc_kernel(const ScanBackwardArgs args) {
+    const ScanBackwardSide& side = args.side[blockIdx.z];
+    constexpr int kRow = 2 * STATES;
     const int64_t rows = args.batch * args.seqlen;
     const int64_t index = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
-    if (index >= rows * 2 * states) return;
-    const int64_t group = blockIdx.y;
-    const int column = static_cast<int>(index % (2 * states));
-    const int n = column % states;
+    if (index >= rows * kRow) return;
+    const int64_t group = blockIdx.y, row = index / kRow;
+    const int column = static_cast<int>(index % kRow), n = column % STATES;
     if (n >= args.dstate) return;
-    const int64_t tiles = backward_plan(args.batch, args.seqlen, args.dim, args.dstate, args.groups).tiles;
-    const float* partial = args.workspace + group * tiles * rows * 2 * states + index;
+    const BackwardPlan plan =
+        backward_plan(args.batch, args.seqlen, args.dim, args.dstate, args.groups, args.chunk_tiles);
+    const float* partial =
+        args.workspace + blockIdx.z * plan.floats + plan.bc + (group * plan.blocks * rows + row) * kRow + column;
     float sum = 0.0f;
-    for (int64_t tile = 0; tile < tiles; ++tile) sum += partial[tile * rows * 2 * states];
-    T* target = static_cast<T*>(column < states ? args.dB : args.dC);
-    target[index / (2 * states) * args.dbc_token + group * args.dbc_group + n] = from_float<T>(sum);
+    for (int64_t block = 0; block < plan.blocks; ++block) sum += partial[block * rows * kRow];
+    T* target = static_cast<T*>(column < STATES ? side.dB : side.dC);
+    target[row * args.dbc_token + group * args.dbc_group + n] = from_float<T>(sum);
 }
 
-// dA, dD and ddelta_bias: sums over the batch.
+// dA, dD and ddelta_bias: sums over the batch and the chunks of time.
 __global__ void __launch_bounds__(kSumThreads) finish_parameters_kernel(const ScanBackwardArgs args) {
-    const BackwardPlan plan = backward_plan(args.batch, args.seqlen, args.dim, args.dstate, args.groups);
+    const ScanBackwardSide& side = args.side[blockIdx.z];
+    const BackwardPlan plan =
+        backward_plan(args.batch, args.seqlen, args.dim, args.dstate, args.groups, args.chunk_tiles);
     const int64_t index = static_cast<int64_t>(blockIdx.x) * kSumColumns + threadIdx.x % kSumColumns;
     const int64_t matrix = args.dim * args.dstate;
     const bool live = index < matrix + 2 * args.dim;
     const bool in_matrix = index < matrix;
     const int64_t stride = in_matrix ? matrix : 2 * args.dim;
     const int64_t place = in_matrix ? index : index - matrix;
-    const float* partial = args.workspace + plan.bc_floats + (in_matrix ? 0 : plan.dA_floats) + place;
-    const float sum = sum_rows(partial, args.batch, stride, live);
+    const float* partial =
+        args.workspace + blockIdx.z * plan.floats + (in_matrix ? plan.dA : plan.channel) + place;
+    const float sum = sum_rows(partial, args.batch * plan.chunks, stride, live);
     if (threadIdx.x >= kSumColumns || !live) return;
-    float* target = in_matrix ? args.dA : place < args.dim ? args.dD : args.ddelta_bias;
+    float* target = in_matrix ? side.dA : place < args.dim ? side.dD : side.ddelta_bias;
     if (target != nullptr) target[!in_matrix && place >= args.dim ? place - args.dim : place] = sum;
 }
 
+// Whether tiles can be copied 16 bytes at a time.
 template <typename T, int STATES>
+bool copies_fit(const ScanBackwardArgs& args) {
+    constexpr int64_t size = sizeof(T);
+    static_assert(BackwardShape<T, STATES>::kChannels * size % 16 == 0);
+    bool fit = args.dim / args.groups * size % 16 == 0;
+    auto check = [&](const void* data, int64_t batch_stride, int64_t token_stride) {
+        fit = fit && (data == nullptr || (reinterpret_cast<uintptr_t>(data) % 16 == 0 && batch_stride * size % 16 == 0 &&
+                                          token_stride * size % 16 == 0));
+    };
+    check(args.z, args.z_batch, args.z_token);
+    check(args.dout, args.dout_batch, args.dout_token);
+    check(args.dz, args.dz_batch, args.dz_token);
+    check(args.ungated, 0, 0);
+    for (int i = 0; i < args.sides; ++i) {
+        const ScanBackwardSide& side = args.side[i];
+        check(side.in.u, side.in.u_batch, side.in.u_token);
+        check(side.in.delta, side.in.delta_batch, side.in.delta_token);
+        check(side.du, 0, 0);
+        check(side.ddelta, 0, 0);
+    }
+    return fit;
+}
+
+template <typename T, int STATES, bool ALIGNED>
 int launch_backward(const ScanBackwardArgs& args, void* stream) {
-    const BackwardPlan plan = backward_plan(args.batch, args.seqlen, args.dim, args.dstate, args.groups);
-    const dim3 grid(static_cast<unsigned>(plan.tiles * args.groups), static_cast<unsigned>(args.batch));
-    const size_t shared = sizeof(float) * backward_shared_floats(STATES);
-    int status = launch(scan_backward_kernel<T, STATES>, grid, kBackwardThreads, shared, stream, args);
+    const BackwardPlan plan =
+        backward_plan(args.batch, args.seqlen, args.dim, args.dstate, args.groups, args.chunk_tiles);
+    const unsigned sides = static_cast<unsigned>(args.sides);
+    const dim3 grid(static_cast<unsigned>(plan.blocks * args.groups), static_cast<unsigned>(args.batch),
+                    static_cast<unsigned>(plan.chunks) * sides);
+    const size_t shared = sizeof(BackwardTiles<T, STATES>);
+    auto pass = [&](void (*kernel)(ScanBackwardArgs)) {
+        return launch(kernel, grid, kBackwardThreads, shared, stream, args);
+    };
+    if (plan.chunks > 1) {
+        int status = pass(scan_backward_kernel<T, STATES, ALIGNED, true>);
+        if (status != kOk) return status;
+        const dim3 join_grid(static_cast<unsigned>(ceil_div(args.dim * STATES, 256)), static_cast<unsigned>(args.batch),
+                             sides);
+        status = launch(join_chunks_kernel, join_grid, 256, 0, stream, args);
+        if (status != kOk) return status;
+    }
+    int status = pass(scan_backward_kernel<T, STATES, ALIGNED, false>);
     if (status != kOk) return status;
     const dim3 bc_grid(static_cast<unsigned>(ceil_div(args.batch * args.seqlen * 2 * STATES, 256)),
-                       static_cast<unsigned>(args.groups));
-    status = launch(finish_bc_kernel<T>, bc_grid, 256, 0, stream, args);
+                       static_cast<unsigned>(args.groups), sides);
+    status = launch(finish_bc_kernel<T, STATES>, bc_grid, 256, 0, stream, args);
     if (status != kOk) return status;
-    const dim3 parameter_grid(static_cast<unsigned>(ceil_div(args.dim * (args.dstate + 2), kSumColumns)));
+    const dim3 parameter_grid(static_cast<unsigned>(ceil_div(args.dim * (args.dstate + 2), kSumColumns)), 1, sides);
     return launch(finish_parameters_kernel, parameter_grid, kSumThreads, kSumThreads * sizeof(float), stream, args);
 }
 
@@ -342,11 +516,12 @@ template <typename T>
 int dispatch(const ScanBackwardArgs& args, void* stream) {
     switch (padded_states(args.dstate)) {
         case 16:
-            return launch_backward<T, 16>(args, stream);
+            return copies_fit<T, 16>(args) ? launch_backward<T, 16, true>(args, stream)
+                                           : launch_backward<T, 16, false>(args, stream);
         case 32:
-            return launch_backward<T, 32>(args, stream);
+            return launch_backward<T, 32, false>(args, stream);
         default:
-            return launch_backward<T, 64>(args, stream);
+            return launch_backward<T, 64, false>(args, stream);
     }
 }
 
@@ -356,11 +531,13 @@ int dispatch(const ScanBackwardArgs& args, void* stream) {
 extern "C" int vim_scan_backward(const vim::ScanBackwardArgs* args, void* stream) {
     using namespace vim;
     if (args->dstate < 1 || args->dstate > 64 || args->groups < 1 || args->dim % args->groups != 0) return kUnsupported;
-    int64_t limit = args->seqlen > args->dim * 64 ? args->seqlen : args->dim * 64;
-    for (int64_t stride : {args->side.u_token, args->side.delta_token, args->side.B_token, args->side.C_token,
-                           args->z_token, args->dout_token, args->dz_token})
-        limit = limit > stride ? limit : stride;
-    if (limit >= (int64_t{1} << 31) || args->batch >= 65536) return kUnsupported;
+    if (args->sides < 1 || args->sides > 2) return kUnsupported;
+    const int64_t chunks =
+        backward_plan(args->batch, args->seqlen, args->dim, args->dstate, args->groups, args->chunk_tiles).chunks;
+    if (args->seqlen >= (int64_t{1} << 31) || args->dim * 64 >= (int64_t{1} << 31) || args->batch >= 65536 ||
+        chunks * args->sides >= 65536)
+        return kUnsupported;
+    if (args->batch == 0 || args->seqlen == 0 || args->dim == 0) return kOk;
     if (args->type == kFloat32) return dispatch<float>(*args, stream);
     if (args->type == kBFloat16) return dispatch<BFloat16>(*args, stream);
     if (args->type == kFloat16) return dispatch<Float16>(*args, stream);
@@ -368,11 +545,24 @@ extern "C" int vim_scan_backward(const vim::ScanBackwardArgs* args, void* stream
 }
 
 // Floats of scratch memory that vim_scan_backward needs.
-extern "C" int64_t vim_scan_backward_workspace(int64_t batch, int64_t seqlen, int64_t dim, int32_t dstate, int32_t groups) {
-    const vim::BackwardPlan plan = vim::backward_plan(batch, seqlen, dim, dstate, groups);
-    return plan.bc_floats + plan.dA_floats + plan.channel_floats;
+extern "C" int64_t vim_scan_backward_workspace(int64_t batch, int64_t seqlen, int64_t dim, int32_t dstate, int32_t groups,
+                                               int32_t sides, int32_t chunk_tiles) {
+    return sides * vim::backward_plan(batch, seqlen, dim, dstate, groups, chunk_tiles).floats;
+}
+
+// Blocks of channels, for the caller's choice of chunks.
+extern "C" int64_t vim_scan_backward_blocks(int64_t dim, int32_t dstate, int32_t groups) {
+    return groups * vim::ceil_div(dim / groups, vim::backward_channels(vim::padded_states(dstate)));
+}
+
+template <typename T>
+int64_t shared_bytes(int32_t dstate) {
+    const int states = vim::padded_states(dstate);
+    return states == 16   ? sizeof(vim::BackwardTiles<T, 16>)
+           : states == 32 ? sizeof(vim::BackwardTiles<T, 32>)
+                          : sizeof(vim::BackwardTiles<T, 64>);
 }
 
 extern "C" int64_t vim_scan_backward_shared_bytes(int32_t dstate) {
-    return static_cast<int64_t>(sizeof(float)) * vim::backward_shared_floats(vim::padded_states(dstate));
+    return shared_bytes<float>(dstate);  // the largest of the types
 }

@@ -103,6 +103,9 @@ __global__ void __launch_bounds__(kSideThreads* SIDES, NPL == 4 ? kForwardWarps 
     const bool added = SIDES == 1 && args.addend != nullptr;
     const char* addend = added ? start(args.addend, args.addend_batch, args.addend_token, channel, own_first) : nullptr;
     char* out = STATES_ONLY ? nullptr : start(args.out, args.out_batch, args.out_token, channel, own_first);
+    const bool keeps = !STATES_ONLY && args.ungated != nullptr;
+    char* ungated = keeps ? start(args.ungated, args.seqlen * args.dim, args.dim, channel, own_first) : nullptr;
+    const int ungated_step = stride(args.dim);
     const int u_step = stride(side.u_token), delta_step = stride(side.delta_token), out_step = stride(args.out_token);
     const int z_step = stride(args.z_token), addend_step = stride(args.addend_token);
     auto boundary_row = [&](int tile, int c) {
@@ -286,6 +289,13 @@ __global__ void __launch_bounds__(kSideThreads* SIDES, NPL == 4 ? kForwardWarps 
                                __shfl_xor_sync(0xffffffffu, odd_part ? kept[0] : kept[1], kPairs);
                     value[c] = fmaf(skip[c], now_u[c], value[c]);
                     if (SIDES == 2) value[c] += other[c];
+                }
+                if (keeps) {
+                    Pack<T, CPT> sum;
+#pragma unroll
+                    for (int c = 0; c < CPT; ++c) sum.values[c] = from_float<T>(value[c] * args.scale);
+                    if (complete && live && inside) *reinterpret_cast<Pack<T, CPT>*>(ungated) = sum;
+                    ungated += ungated_step;
                 }
                 if (complete && gated) {
 #pragma unroll

@@ -8,6 +8,7 @@
 // then, past the one barrier that they share, it walks the other half, adds what it finds there, gates and stores the result.
 #include <type_traits>
 
+#include "async_copy.h"
 #include "scan_stream.h"
 
 namespace vim {
@@ -20,26 +21,6 @@ constexpr int kStates = kQuarter * kLanes;
 constexpr int kGroups = kTile / kLanes;
 constexpr int kTileElements = kTile * kChannels;   // of a tile of u, delta or z, and of B | C: 2 * kStates is kChannels too
 static_assert(2 * kStates == kChannels);
-
-#ifdef __CUDA_ARCH__
-template <int BYTES>
-VIM_DEVICE void copy_async(void* target, const char* source, bool inside) {
-    const unsigned place = static_cast<unsigned>(__cvta_generic_to_shared(target));
-    // Nothing is read where the size is zero; the rest of the bytes is filled with zeros.
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(place), "l"(source), "n"(BYTES), "r"(inside ? BYTES : 0)
-                 : "memory");
-}
-VIM_DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-#else
-template <int BYTES>
-VIM_DEVICE void copy_async(void* target, const char* source, bool inside) {
-    struct alignas(BYTES) Chunk {
-        char bytes[BYTES];
-    };
-    *static_cast<Chunk*>(target) = inside ? *reinterpret_cast<const Chunk*>(source) : Chunk{};
-}
-VIM_DEVICE void wait_for_copies() {}
-#endif
 
 // A tile's rows lie in the order of the walk. Pieces of 16 bytes change places within some rows, so that the lanes of a warp,
 // which read four rows at once, meet no bank twice.
@@ -211,6 +192,9 @@ __global__ void __launch_bounds__(kSideThreads* SIDES, kForwardWarps / SIDES / 2
     char* out = STATES_ONLY ? nullptr : own_start(args.out, args.out_batch, args.out_token);
     // What is added to the output: the other side's part of it, or the caller's.
     const char* onto = SIDES == 2 ? out : added ? own_start(args.addend, args.addend_batch, args.addend_token) : nullptr;
+    char* ungated =
+        STATES_ONLY || args.ungated == nullptr ? nullptr : own_start(args.ungated, args.seqlen * args.dim, args.dim);
+    const int ungated_step = stride(args.dim) * kLanes;
     const int out_step = stride(args.out_token) * kLanes, onto_step = SIDES == 2 ? out_step : stride(args.addend_token) * kLanes;
     const int own_place = part * kChannels + ((in_block * size / 16) ^ swap_pieces<T>(part)) * (16 / size) + in_block % (16 / size);
     float4* const steps_of_column = shared.steps[warp][0] + column;
@@ -295,6 +279,11 @@ __global__ void __launch_bounds__(kSideThreads* SIDES, kForwardWarps / SIDES / 2
                            __shfl_xor_sync(0xffffffffu, odd_part ? kept[0] : kept[1], kPairs);
                 value[c] = fmaf(skip[c], input[c], value[c]);
                 if (SIDES == 2) value[c] += other[c];
+            }
+            if (ungated != nullptr) {
+                const Pack<T, 2> sum = {from_float<T>(value[0] * args.scale), from_float<T>(value[1] * args.scale)};
+                if (complete && inside) *reinterpret_cast<Pack<T, 2>*>(ungated) = sum;
+                ungated += ungated_step;
             }
             if (complete && gated) {
                 const Pair gate = *reinterpret_cast<const Pair*>(own_z);

@@ -7,12 +7,10 @@ Legend: S directions, B batch, L tokens, E inner channels, N states, R rank of d
 """
 
 import ctypes
-import math
 
 import torch
 from causal_conv1d_vim.conv import cuda as conv
 from causal_conv1d_vim.conv.reference import ConvGradients
-from causal_conv1d_vim.runtime.backend import forced_backend
 from causal_conv1d_vim.runtime.cuda_library import int32, int64, pointer
 from causal_conv1d_vim.runtime.tensors import DTYPES, address
 
@@ -46,8 +44,6 @@ def why_not(xz: torch.Tensor, directions: list) -> str | None:
             return f"{direction.A.shape[1]} states are more than {scan.MAX_STATES}"
         if not 2 <= direction.conv_weight.shape[1] <= 4:
             return f"the convolution's width is {direction.conv_weight.shape[1]}, not 2 to 4"
-    if forced_backend() is None and torch.is_grad_enabled() and _idles(xz, scan.multiprocessors(xz.device)):
-        return "its backward scan, which is not cut in time, would leave the GPU idle"
     if len({direction.A.shape[1] for direction in directions}) != 1:
         return "the directions have different numbers of states"
     if len({direction.conv_weight.shape[1] for direction in directions}) != 1:
@@ -55,12 +51,6 @@ def why_not(xz: torch.Tensor, directions: list) -> str | None:
     if len({direction.dt_proj_weight.shape[1] for direction in directions}) != 1:
         return "the directions have steps of different ranks"
     return None
-
-
-def _idles(xz: torch.Tensor, multiprocessors: int) -> bool:
-    """Whether a backward scan of xz (B, L, 2E) is long, with a block of 64 channels for less than every eighth SM."""
-    batch, seqlen, dim = xz.shape[0], xz.shape[1], xz.shape[2] // 2
-    return seqlen >= 1024 and 8 * batch * math.ceil(dim / 64) < multiprocessors
 
 
 def _ways(directions: list) -> list:
@@ -142,8 +132,8 @@ def forward(xz: torch.Tensor, directions: list, *, scale: float, save: bool) -> 
             "u": u, "delta": delta, "A": way.A, "B": B, "C": C, "D": way.D, "delta_bias": way.dt_bias,
             "initial_state": None, "last_state": None, "reverse": way.reverse,
         })  # fmt: skip
-    boundaries = scan.launch_forward(sides, z, out, delta_softplus=True, scale=scale, save=save)
-    return out, [low_SBLK, *boundaries] if save else []
+    kept = scan.launch_forward(sides, z, out, delta_softplus=True, scale=scale, save=save)
+    return out, [low_SBLK, *kept] if save else []
 
 
 def backward(
@@ -159,24 +149,28 @@ def backward(
     x, z = xz.chunk(2, dim=-1)
     dxz = torch.empty(xz.shape, dtype=xz.dtype, device=xz.device)
     dx, dz = dxz.chunk(2, dim=-1)
-    dout = dout.to(xz.dtype)
+    dout = scan.as_rows(dout, xz.dtype)
     ways, (rank, dstate) = _ways(directions), (directions[0].dt_proj_weight.shape[1], directions[0].A.shape[1])
-    low_SBLK, *boundaries = saved
+    low_SBLK, *kept = saved
     x_weights, dt_weights = _weights(ways, xz.dtype)
     wide = dt_weights.shape[2]
     u_SBLE, low_SMK = _convolved(x, ways), low_SBLK.flatten(1, 2)
     delta_SBLE = torch.bmm(low_SMK[..., :wide], dt_weights.mT).view(u_SBLE.shape)
     du_SBLE, ddelta_SBLE, dlow_SBLK = (torch.empty_like(t) for t in (u_SBLE, u_SBLE, low_SBLK))
-    grads = []
+    sides, grads = [], []
     for index, way in enumerate(ways):
         B, C = _states_in_out(low_SBLK[index], dstate)
         dB, dC = _states_in_out(dlow_SBLK[index], dstate)
-        found = scan.backward(
-            dout, None, u_SBLE[index], delta_SBLE[index], way.A, B, C, way.D, z, way.dt_bias, None, [boundaries[index]],
-            delta_softplus=True, reverse=way.reverse, out_scale=scale,
-            out=ScanGradients(u=du_SBLE[index], delta=ddelta_SBLE[index], B=dB, C=dC, z=dz), accumulate=index > 0,
-        )  # fmt: skip
-        grads.append({"dt_bias": found.delta_bias, "A": found.A, "D": found.D})
+        dA, dD, dbias = (torch.empty_like(t, dtype=torch.float32) for t in (way.A, way.D, way.dt_bias))
+        sides.append({
+            "u": u_SBLE[index], "delta": delta_SBLE[index], "A": way.A, "B": B, "C": C, "D": way.D,
+            "delta_bias": way.dt_bias, "initial_state": None, "last_state": None, "reverse": way.reverse,
+        })  # fmt: skip
+        grads.append(
+            ScanGradients(u=du_SBLE[index], delta=ddelta_SBLE[index], A=dA, B=dB, C=dC, D=dD, delta_bias=dbias)
+        )
+    scan.launch_backward(sides, grads, z, dout, dz, kept, delta_softplus=True, scale=scale)
+    grads = [{"dt_bias": found.delta_bias, "A": found.A, "D": found.D} for found in grads]
     du_SME, ddelta_SME, dlow_SMK, u_SME = (t.flatten(1, 2) for t in (du_SBLE, ddelta_SBLE, dlow_SBLK, u_SBLE))
     dlow_SMK[..., :wide] = torch.bmm(ddelta_SME, dt_weights)
     # One by one: a batched product does not split the long sum over tokens among the multiprocessors.

@@ -12,6 +12,7 @@ from mamba_ssm_vim.ops.selective_scan.reference import ScanGradients
 
 MAX_STATES = 64
 TILE = 16  # tokens between two saved states (kTile in scan.h)
+WARPS = 6  # of a block of the backward scan (kBackwardWarps in scan.h)
 
 library = CudaLibrary(
     mamba_ssm_vim.__path__,
@@ -19,7 +20,8 @@ library = CudaLibrary(
     launchers=["vim_scan_forward", "vim_scan_backward", "vim_mixer_weights"],
     queries={
         "vim_scan_boundary_floats": [int64, int64, int64, int32],
-        "vim_scan_backward_workspace": [int64, int64, int64, int32, int32],
+        "vim_scan_backward_workspace": [int64, int64, int64, int32, int32, int32, int32],
+        "vim_scan_backward_blocks": [int64, int32, int32],
         "vim_scan_backward_shared_bytes": [int32],
         "vim_scan_forward_blocks": [int64, int32, int32],
     },
@@ -44,7 +46,7 @@ class ScanForwardArgs(ctypes.Structure):
 
     _fields_ = (
         ("side", ScanSide * 2),
-        *((name, pointer) for name in ("z", "addend", "out", "chunk_steps")),
+        *((name, pointer) for name in ("z", "addend", "out", "ungated", "chunk_steps")),
         *((f"{name}_{axis}", int64) for name in ("z", "addend", "out") for axis in ("batch", "token")),
         *((name, int64) for name in ("batch", "seqlen", "dim")),
         *((name, int32) for name in ("dstate", "groups", "sides", "type", "softplus", "chunk_tiles", "save")),
@@ -54,19 +56,27 @@ class ScanForwardArgs(ctypes.Structure):
     )
 
 
+class ScanBackwardSide(ctypes.Structure):
+    """`vim::ScanBackwardSide` of csrc/cuda/scan.h: one direction's inputs and gradients."""
+
+    _fields_ = (
+        ("inputs", ScanSide),
+        *((name, pointer) for name in ("du", "ddelta", "dB", "dC", "dA", "dD", "ddelta_bias", "dinitial_state")),
+        ("dlast_state", pointer),
+    )
+
+
 class ScanBackwardArgs(ctypes.Structure):
     """`vim::ScanBackwardArgs` of csrc/cuda/scan.h."""
 
     _fields_ = (
-        ("side", ScanSide),
-        *((name, pointer) for name in ("z", "dout", "du", "ddelta", "dz", "dB", "dC", "dA", "dD", "ddelta_bias")),
-        *((name, pointer) for name in ("dlast_state", "dinitial_state", "workspace")),
+        ("side", ScanBackwardSide * 2),
+        *((name, pointer) for name in ("z", "ungated", "dout", "dz", "workspace")),
         *((f"{name}_{axis}", int64) for name in ("z", "dout", "dz") for axis in ("batch", "token")),
-        ("dbc_token", int64),
-        ("dbc_group", int64),
-        *((name, int64) for name in ("batch", "seqlen", "dim")),
-        *((name, int32) for name in ("dstate", "groups", "type", "softplus", "accumulate_dz")),
+        *((name, int64) for name in ("dbc_token", "dbc_group", "batch", "seqlen", "dim")),
+        *((name, int32) for name in ("dstate", "groups", "sides", "type", "softplus", "chunk_tiles")),
         ("scale", float32),
+        ("reserved", int32),
     )
 
 
@@ -85,7 +95,7 @@ def why_not(u: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor) 
     return None
 
 
-def _rows(t: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+def as_rows(t: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
     """The tensor in `dtype` with its last axis contiguous; a copy only where that does not hold already."""
     return None if t is None else rows(t.to(dtype))
 
@@ -139,7 +149,9 @@ def launch_forward(
     sides: list[dict], z: torch.Tensor | None, out: torch.Tensor, addend: torch.Tensor | None = None, *,
     delta_softplus: bool, scale: float, save: bool, cut: int | None = None, pairs: bool = True,
 ) -> list[torch.Tensor]:  # fmt: skip
-    """One scan, or both directions of a mixer, into `out` (B, L, E); returns boundary states per side if `save`.
+    """One scan, or both directions of a mixer, into `out` (B, L, E).
+
+    Returns, if `save`, what `launch_backward` needs: boundary states per side and, with a gate, the ungated sum.
 
     Args:
         sides: keyword arguments of `fill_side` (boundaries excepted) for one or two directions; u, delta, B, C, z, out
@@ -167,6 +179,10 @@ def launch_forward(
         chunks = math.ceil(math.ceil(seqlen / TILE) / cut)
         steps = torch.empty(len(sides) * batch * chunks * dim, dtype=torch.float32, device=u.device)
         args.chunk_steps = address(steps)
+    kept = list(boundaries) if save else []
+    if save and z is not None:
+        kept.append(torch.empty(u.shape, dtype=u.dtype, device=u.device))
+        args.ungated = address(kept[-1])
     _set_strided(args, "z", z)
     _set_strided(args, "addend", addend)
     _set_strided(args, "out", out)
@@ -174,7 +190,53 @@ def launch_forward(
     args.sides, args.type, args.softplus = len(sides), DTYPES[u.dtype], delta_softplus
     args.chunk_tiles, args.save, args.scale, args.pairs = cut, save, scale, pairs
     library.launch("vim_scan_forward", args, u)
-    return boundaries if save else []
+    return kept
+
+
+def launch_backward(
+    sides: list[dict], grads: list[ScanGradients], z: torch.Tensor | None, dout: torch.Tensor, dz: torch.Tensor | None,
+    saved: list[torch.Tensor], *, dlast_state: torch.Tensor | None = None, delta_softplus: bool, scale: float,
+    cut: int | None = None,
+) -> None:  # fmt: skip
+    """Gradients of one scan, or of both directions of a mixer, written into the tensors of `grads` and into `dz`.
+
+    Args:
+        sides: keyword arguments of `fill_side` (boundaries excepted) for each direction.
+        grads: for each direction u and delta, contiguous (B, L, E); B and C (B, L, G, N), alike column slices of
+            (B, L, ...) tensors; these in the inputs' one dtype; A, D, delta_bias and initial_state float32, contiguous,
+            the last three None where they are not wanted.
+        z, dout: (B, L, E) of that dtype, channels adjacent; z None without a gate.
+        dz: where z's gradient goes, channels adjacent; None exactly if z is.
+        saved: what `launch_forward` returned.
+        dlast_state: gradient of the last state of a single direction.
+        cut: tiles per chunk of time; None chooses.
+    """
+    u, A, B = sides[0]["u"], sides[0]["A"], sides[0]["B"]
+    batch, seqlen, dim = u.shape
+    dstate, groups, count = A.shape[1], B.shape[2], len(sides)
+    if cut is None:
+        blocks = library.query("vim_scan_backward_blocks", dim, dstate, groups)
+        cut = chunk_tiles(batch * blocks * WARPS * count, seqlen, multiprocessors(u.device))
+    args = ScanBackwardArgs()
+    alive: list[torch.Tensor | None] = [plain(dlast_state)]
+    args.side[0].dlast_state = address(alive[0])
+    for side, tensors, boundaries, of_side in zip(args.side, sides, saved, grads, strict=False):
+        alive += fill_side(side.inputs, boundaries=boundaries, **tensors)
+        for name, t in of_side._asdict().items():
+            if name != "z":  # the directions share it
+                setattr(side, f"d{name}", address(t))
+    args.dbc_token, args.dbc_group = grads[0].B.stride(1), grads[0].B.stride(2)
+    floats = library.query("vim_scan_backward_workspace", batch, seqlen, dim, dstate, groups, count, cut)
+    workspace = torch.empty(floats, dtype=torch.float32, device=u.device)
+    args.workspace = address(workspace)
+    if z is not None:
+        args.ungated = address(saved[count])
+    for name, t in (("z", z), ("dout", dout), ("dz", dz)):
+        _set_strided(args, name, t)
+    args.batch, args.seqlen, args.dim, args.dstate, args.groups = batch, seqlen, dim, dstate, groups
+    args.sides, args.type, args.softplus = count, DTYPES[u.dtype], delta_softplus
+    args.chunk_tiles, args.scale = cut, scale
+    library.launch("vim_scan_backward", args, u)
 
 
 _multiprocessor_counts: dict[torch.device, int] = {}
@@ -203,11 +265,11 @@ def forward(
         last_state.copy_(initial_state) if initial_state is not None else last_state.zero_()
         return u.new_empty(u.shape) if out is None else out, last_state, []
     side = {
-        "u": _rows(u, dtype), "delta": _rows(delta, dtype), "A": A, "B": _rows(B, dtype), "C": _rows(C, dtype), "D": D,
+        "u": as_rows(u, dtype), "delta": as_rows(delta, dtype), "A": A, "B": as_rows(B, dtype), "C": as_rows(C, dtype), "D": D,
         "delta_bias": delta_bias, "initial_state": initial_state, "last_state": last_state, "reverse": reverse,
     }  # fmt: skip
     saved = launch_forward(
-        [side], _rows(z, dtype), result, _rows(out, dtype) if accumulate else None,
+        [side], as_rows(z, dtype), result, as_rows(out, dtype) if accumulate else None,
         delta_softplus=delta_softplus, scale=out_scale, save=save,
     )  # fmt: skip
     if out is None:
@@ -224,12 +286,9 @@ def backward(
     """The gradients by name, each in its input's dtype.
 
     Args:
-        out: `z` (B, L, E) with channel stride 1; `u` and `delta` (B, L, E) contiguous; `B` and `C` together, two
-            (B, L, G, N) column slices of one contiguous (B, L, ...) tensor; all in the inputs' one dtype.
+        out: `z` (B, L, E) with channel stride 1, in the inputs' one dtype.
         accumulate: add to `out.z` instead of overwriting it.
     """
-    batch, seqlen, dim = u.shape
-    dstate, groups = A.shape[1], B.shape[2]
     inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     if u.numel() == 0:
         grads = [None if t is None else torch.zeros_like(t) for t in inputs]
@@ -238,47 +297,22 @@ def backward(
         return ScanGradients(*grads)
     dtype = common_dtype(u, delta, B, C, z)
 
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device=u.device)
+    def empty(like: torch.Tensor | None, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
+        return None if like is None else torch.empty(like.shape, dtype=dtype, device=u.device)
 
-    args = ScanBackwardArgs()
-    alive = fill_side(
-        args.side, _rows(u, dtype), _rows(delta, dtype), A, _rows(B, dtype), _rows(C, dtype), D, delta_bias,
-        initial_state, None, saved[0], reverse=reverse,
-    )  # fmt: skip
-    du, ddelta, dB, dC = (
-        empty(*t.shape, dtype=dtype) if given is None else given
-        for t, given in ((u, out.u), (delta, out.delta), (B, out.B), (C, out.C))
-    )
-    dA = empty(dim, dstate)
-    dD = None if D is None else empty(dim)
-    dbias = None if delta_bias is None else empty(dim)
-    dinitial = None if initial_state is None else empty(batch, dim, dstate)
-    dz = out.z
-    if z is not None and dz is None:
-        dz = empty(*u.shape, dtype=dtype)
-    floats = library.query("vim_scan_backward_workspace", batch, seqlen, dim, dstate, groups)
-    dlast = plain(dlast_state)
-    workspace = empty(floats)
-    z, dout = _rows(z, dtype), _rows(dout, dtype)
-    _set_strided(args, "z", z)
-    _set_strided(args, "dout", dout)
-    _set_strided(args, "dz", dz)
-    outputs = {
-        "du": du, "ddelta": ddelta, "dB": dB, "dC": dC, "dA": dA, "dD": dD, "ddelta_bias": dbias,
-        "dlast_state": dlast, "dinitial_state": dinitial, "workspace": workspace,
+    side = {
+        "u": as_rows(u, dtype), "delta": as_rows(delta, dtype), "A": A, "B": as_rows(B, dtype), "C": as_rows(C, dtype), "D": D,
+        "delta_bias": delta_bias, "initial_state": None, "last_state": None, "reverse": reverse,
     }  # fmt: skip
-    for name, t in outputs.items():
-        setattr(args, name, address(t))
-    args.dbc_token, args.dbc_group = dB.stride(1), dB.stride(2)
-    args.batch, args.seqlen, args.dim, args.dstate, args.groups = batch, seqlen, dim, dstate, groups
-    args.type, args.softplus, args.accumulate_dz, args.scale = (
-        DTYPES[dtype],
-        delta_softplus,
-        accumulate,
-        out_scale,
-    )
-    library.launch("vim_scan_backward", args, u)
-    del alive
-    grads = (du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial)
-    return ScanGradients(*map(cast_like, grads, inputs))
+    found = ScanGradients(
+        u=empty(u, dtype), delta=empty(delta, dtype), A=empty(A), B=empty(B, dtype), C=empty(C, dtype), D=empty(D),
+        z=empty(z, dtype) if out.z is None or accumulate else out.z, delta_bias=empty(delta_bias),
+        initial_state=empty(initial_state),
+    )  # fmt: skip
+    launch_backward(
+        [side], [found], as_rows(z, dtype), as_rows(dout, dtype), found.z, saved, dlast_state=dlast_state,
+        delta_softplus=delta_softplus, scale=out_scale,
+    )  # fmt: skip
+    if accumulate:
+        found = found._replace(z=out.z.add_(found.z))
+    return ScanGradients(*(None if t is None else g.to(t.dtype) for g, t in zip(found, inputs, strict=True)))

@@ -85,9 +85,3 @@ def test_declines_what_it_cannot_do(monkeypatch):
     assert "3 directions" in cuda.why_not(xz, [one] * 3)
     assert "v1" in cuda.why_not(xz, [dataclasses.replace(one, A_back=one.A)])
     assert "width is 5" in cuda.why_not(xz, [dataclasses.replace(one, conv_weight=torch.zeros(6, 5))])
-
-
-def test_leaves_training_on_one_long_sequence_to_others():
-    assert cuda._idles(torch.empty(1, 6085, 768, device="meta"), 132)
-    assert not cuda._idles(torch.empty(1, 197, 768, device="meta"), 132)
-    assert not cuda._idles(torch.empty(4, 6085, 768, device="meta"), 132)
