@@ -88,7 +88,8 @@ VIM_DEVICE int reduce_over_channels(float (&value)[8], int lane) {
 
 // ALIGNED: tiles are copied 16 bytes at a time. ADJOINT_ONLY: the first pass over a sequence that is cut in time.
 template <typename T, int STATES, bool ALIGNED, bool ADJOINT_ONLY>
-__global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks) scan_backward_kernel(const ScanBackwardArgs args) {
+__global__ void __launch_bounds__(kBackwardThreads, STATES == 16 ? kBackwardBlocks : 1)
+    scan_backward_kernel(const ScanBackwardArgs args) {
     using Shape = BackwardShape<T, STATES>;
     constexpr int kLanes = Shape::kLanes, kWarpChannels = Shape::kWarpChannels, kChannels = Shape::kChannels;
     constexpr int kRow = Shape::kRow, kPitch = Shape::kPitch, kPieces = Shape::kPieces;

@@ -265,8 +265,8 @@ def forward(
         last_state.copy_(initial_state) if initial_state is not None else last_state.zero_()
         return u.new_empty(u.shape) if out is None else out, last_state, []
     side = {
-        "u": as_rows(u, dtype), "delta": as_rows(delta, dtype), "A": A, "B": as_rows(B, dtype), "C": as_rows(C, dtype), "D": D,
-        "delta_bias": delta_bias, "initial_state": initial_state, "last_state": last_state, "reverse": reverse,
+        "u": as_rows(u, dtype), "delta": as_rows(delta, dtype), "A": A, "B": as_rows(B, dtype), "C": as_rows(C, dtype),
+        "D": D, "delta_bias": delta_bias, "initial_state": initial_state, "last_state": last_state, "reverse": reverse,
     }  # fmt: skip
     saved = launch_forward(
         [side], as_rows(z, dtype), result, as_rows(out, dtype) if accumulate else None,
@@ -301,8 +301,8 @@ def backward(
         return None if like is None else torch.empty(like.shape, dtype=dtype, device=u.device)
 
     side = {
-        "u": as_rows(u, dtype), "delta": as_rows(delta, dtype), "A": A, "B": as_rows(B, dtype), "C": as_rows(C, dtype), "D": D,
-        "delta_bias": delta_bias, "initial_state": None, "last_state": None, "reverse": reverse,
+        "u": as_rows(u, dtype), "delta": as_rows(delta, dtype), "A": A, "B": as_rows(B, dtype), "C": as_rows(C, dtype),
+        "D": D, "delta_bias": delta_bias, "initial_state": None, "last_state": None, "reverse": reverse,
     }  # fmt: skip
     found = ScanGradients(
         u=empty(u, dtype), delta=empty(delta, dtype), A=empty(A), B=empty(B, dtype), C=empty(C, dtype), D=empty(D),
@@ -315,4 +315,4 @@ def backward(
     )  # fmt: skip
     if accumulate:
         found = found._replace(z=out.z.add_(found.z))
-    return ScanGradients(*(None if t is None else g.to(t.dtype) for g, t in zip(found, inputs, strict=True)))
+    return ScanGradients(*map(cast_like, found, inputs))
