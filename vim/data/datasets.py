@@ -16,6 +16,7 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import Dataset
 from torchvision import datasets as tv
 
+from vim.data.clips import clip_folder, clip_transform
 from vim.data.fmnist import FashionMNIST
 from vim.data.images import BadImageError, Samples, decode, limit_pixels
 from vim.data.streams import Stream
@@ -24,7 +25,7 @@ from vim.errors import UserError
 
 _logger = logging.getLogger("vision_mamba")
 
-DATA_SETS = ("IMNET", "CIFAR", "INAT", "INAT19", "FMNIST")
+DATA_SETS = ("IMNET", "CIFAR", "INAT", "INAT19", "FMNIST", "CLIPS")
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 # Readers of timm, asked for by prefix: `--data-set hfds/NAME --data-path FOLDER`. Those of the second line are streams.
 FACTORY_PREFIXES = ("tar/", "hfds/", "wds/", "tfds/", "hfids/")
@@ -102,10 +103,14 @@ def image_folder(root: Path, mode: str = "RGB") -> ImageFiles:
             raise UserError(
                 f"class folder {root / name} has no images: add some ({', '.join(extensions)}) or remove the folder"
             )
+    _say_unread(root, unread)
+    return ImageFiles(samples, classes, mode)
+
+
+def _say_unread(root: Path, unread: Counter[str]) -> None:
     if unread:
         kinds = ", ".join(f"{ending} {count}" for ending, count in unread.most_common(5))
         _logger.warning("%s: %d files are of types that are not read (%s)", root, unread.total(), kinds)
-    return ImageFiles(samples, classes, mode)
 
 
 def inaturalist(root: Path, *, train: bool, year: int, category: str, mode: str) -> ImageFiles:
@@ -225,6 +230,11 @@ def _images(is_train: bool, args: argparse.Namespace) -> tuple[Any, int]:
         else:
             data = image_folder(root / split, mode)
         return data, len(data.classes)
+    if name == "CLIPS":
+        at_random = is_train and args.train_mode
+        data, unread = clip_folder(_folder(root, _TWO_SPLITS) / split, mode, args.num_frames, at_random)
+        _say_unread(root / split, unread)
+        return data, len(data.classes)
     if name == "CIFAR":
         try:
             data = tv.CIFAR100(str(root), train=is_train, download=False)
@@ -248,12 +258,14 @@ def build_dataset(is_train: bool, args: argparse.Namespace) -> tuple[Samples | S
         UserError: unknown data set, missing data, or data that does not have the expected form.
     """
     limit_pixels(args.max_image_pixels)
-    transform = build_transform(is_train, args)
+    transform = (clip_transform if args.data_set == "CLIPS" else build_transform)(is_train, args)
     images, num_classes = _images(is_train, args)
     num_classes = num_classes or args.num_classes
     if not num_classes:
         raise UserError(f"--data-set {args.data_set} does not say how many classes it has: pass --num-classes")
     split = "training" if is_train else "evaluation"
+    if args.data_set == "CLIPS" and args.cache:
+        raise UserError("--cache keeps images in memory, and the frames of a clip change: leave it out with CLIPS")
     if args.data_set.startswith(_STREAMS):
         if args.cache:
             raise UserError(f"--cache keeps an indexed set in memory, and {args.data_set} is a stream: leave it out")

@@ -84,6 +84,12 @@ def eight_bits(image: Image.Image, mode: str, name: str) -> Image.Image:
         raise BadImageError(f"{name} has mode {image.mode}, which cannot be converted to {mode}") from error
 
 
+def sample_shape(args: argparse.Namespace) -> tuple[int, ...]:
+    """Shape of a transformed sample: (channels, side, side), of a clip (channels, frames, side, side)."""
+    frames = (args.num_frames,) if args.data_set == "CLIPS" else ()
+    return (args.in_chans, *frames, args.input_size, args.input_size)
+
+
 class Samples(Dataset):
     """Transformed images and class numbers of a map-style data set of PIL images.
 
@@ -103,7 +109,7 @@ class Samples(Dataset):
     ) -> None:  # fmt: skip
         self.images, self.transform, self.is_train = images, transform, is_train
         self.policy = args.on_bad_image
-        self._shape = (args.in_chans, args.input_size, args.input_size)
+        self._shape = sample_shape(args)
         if hasattr(images, "classes"):
             self.classes = list(images.classes)
         # Shared, so that workers mark for one another, and for the main process to count.

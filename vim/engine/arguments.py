@@ -96,6 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--on-bad-image", default="stop", choices=BAD_IMAGE, help="what an image does that cannot be read")
     flag("--max-image-pixels", type=int, default=MAX_IMAGE_PIXELS, help="images of more pixels count as unreadable")
     switch("cache", "--cache", None, False, "keep the decoded images in memory, for sets that fit")
+    flag("--num-frames", type=int, default=8, help="frames of a clip of --data-set CLIPS")
     flag("--input-size", type=int, default=224, help="side of the image in pixels")
     flag("--in-chans", type=int, default=3, choices=(1, 3), help="1 for grey images, 3 for colour")
     flag("--num_workers", type=int, default=10, help="loader processes")
@@ -335,7 +336,7 @@ def parse_args(argv: list[str] | None = None, defaults: dict[str, Any] | None = 
     check_trackers(args)
     positive = {"batch_size": 1, "epochs": 0, "input_size": 1, "num_workers": 0, "warmup_epochs": 0, "recount": 1,
                 "grad_accum_steps": 1, "start_epoch": 0, "keep_every_epochs": 0,
-                "max_image_pixels": 1}  # fmt: skip
+                "max_image_pixels": 1, "num_frames": 1}  # fmt: skip
     for name, least in positive.items():
         if getattr(args, name) < least:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least {least}")

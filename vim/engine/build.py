@@ -39,9 +39,10 @@ def build_model(
     cfg = timm.get_pretrained_cfg(name)
     # Models of any image size, such as convolutional ones, have no such argument.
     size = {"img_size": args.input_size} if cfg is not None and cfg.fixed_input_size else {}
+    clip = {"num_frames": args.num_frames} if args.data_set == "CLIPS" else {}
     create = partial(
         timm.create_model, name, num_classes=num_classes, drop_rate=args.drop, drop_path_rate=args.drop_path,
-        in_chans=args.in_chans, **size, **options,
+        in_chans=args.in_chans, **size, **clip, **options,
     )  # fmt: skip
     try:
         # Sizes that no memory holds, as a checkpoint may ask for.

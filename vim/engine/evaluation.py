@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vim.data import LEFT_OUT
+from vim.data import LEFT_OUT, sample_shape
 from vim.engine.distributed import Place, largest_over_ranks, sum_over_ranks
 from vim.engine.reporting import Reporter
 from vim.engine.training import autocast, model_options
@@ -78,8 +78,7 @@ def evaluate(
     begun = time.perf_counter()
     for batch in _batches(loader, args, place):
         if batch is None:
-            size = (1, args.in_chans, args.input_size, args.input_size)
-            model(torch.zeros(size, dtype=torch.float32, device=place.device), **options)
+            model(torch.zeros((1, *sample_shape(args)), dtype=torch.float32, device=place.device), **options)
             continue
         images, targets = batch
         # Shards are gathered by all processes together, so there none may leave alone.

@@ -89,7 +89,9 @@ class Objective:
             targets: class numbers (B,).
         """
         if self.mixup is not None:
-            images, targets = self.mixup(images, targets)
+            # The frames of a clip are mixed as channels are: alike.
+            mixed, targets = self.mixup(images.flatten(1, -3), targets)
+            images = mixed.view_as(images)
         if self._binary:
             # As published: whatever is in the mixture counts as present, smoothing's share of every class too.
             soft = F.one_hot(targets, self.num_classes) if targets.dim() == 1 else targets

@@ -147,7 +147,8 @@ def build_trackers(folder: Path | None, args: argparse.Namespace, first_step: in
 
 
 def picture(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...], count: int = 16) -> torch.Tensor:
-    """The first images of a normalised batch (B, C, H, W) as one picture (3, H', W') in [0, 1]."""
+    """The first images of a normalised batch (B, C, H, W) as one picture (3, H', W') in [0, 1]; of clips, a frame."""
+    images = images if images.dim() == 4 else images[:, :, images.shape[2] // 2]
     images = images[:count].detach().float().cpu()
     shape = (1, -1, 1, 1)
     images = images * images.new_tensor(std).view(shape) + images.new_tensor(mean).view(shape)
