@@ -23,7 +23,9 @@ def build(entry: dict) -> torch.nn.Module:
     return from_published(entry["arch"], entry["model"], **entry["args"]).eval()
 
 
-def compare(tag: str, golden_weights, dtype: torch.dtype, atol: float, *, fill: bool = True, model=None) -> None:
+def compare(
+    tag: str, golden_weights, dtype: torch.dtype, atol: float, *, fill: bool = True, model=None, device: str = "cpu"
+) -> None:
     """Tolerances of golden/zoo/README.md; in float64 the rounding of the file's float32 values is what remains."""
     golden, entry = np.load(GOLDEN / f"{tag}.npz"), ZOO[tag]
     if model is None:
@@ -33,15 +35,15 @@ def compare(tag: str, golden_weights, dtype: torch.dtype, atol: float, *, fill: 
     )
     if fill:
         golden_weights.fill(model, tag)
-    model.to(dtype)
-    x = golden_weights.standard_normal(tuple(entry["input"]), tag + "/input").to(dtype)
+    model.to(device, dtype)
+    x = golden_weights.standard_normal(tuple(entry["input"]), tag + "/input").to(device, dtype)
     x.requires_grad_(entry["gradients"])
     with torch.set_grad_enabled(entry["gradients"]):
         y = model(x)
-    np.testing.assert_allclose(y.detach().numpy(), golden["output"], rtol=0, atol=atol)
+    np.testing.assert_allclose(y.detach().cpu().numpy(), golden["output"], rtol=0, atol=atol)
     if not entry["gradients"]:
         return
-    (y * golden_weights.standard_normal(tuple(y.shape), tag + "/cotangent").to(dtype)).sum().backward()
+    (y * golden_weights.standard_normal(tuple(y.shape), tag + "/cotangent").to(y)).sum().backward()
     norms = {f"gradnorm/{k}": p.grad.double().norm().item() for k, p in model.named_parameters() if p.requires_grad}
     norms["grad/input_norm"] = x.grad.double().norm().item()
     expected = {k: float(golden[k]) for k in golden.files if k.startswith("grad")}
@@ -115,3 +117,14 @@ def test_registers(tag: str, golden_weights) -> None:
         tokens = model.forward_features(golden_weights.standard_normal(tuple(ZOO[tag]["input"]), tag + "/input"))
         features = model.forward_head(tokens, pre_logits=True)
     np.testing.assert_allclose(features.numpy(), golden["features"], rtol=0, atol=2e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("backend", ["triton", None])
+@pytest.mark.parametrize("tag", SMALL)
+def test_gpu(tag: str, backend: str | None, golden_weights) -> None:
+    """The same tolerances, with float32 products in full precision."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    with use_backend(backend):
+        compare(tag, golden_weights, torch.float32, 2e-5, device="cuda")

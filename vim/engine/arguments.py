@@ -81,6 +81,8 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--output_dir", default="", help="folder for checkpoints, logs and the resolved configuration")
     flag("--device", default="cuda", help="cuda or cpu; the CPU serves where there is no GPU")
     flag("--seed", type=int, default=0, help="seed of everything random")
+    flag("--pretrain", default="none", choices=("none", "arm"), help="pretrain the encoder of --model without labels")
+    flag("--decoder-dim", type=int, default=512, help="width of the decoder of --pretrain, a multiple of 64")
     flag("--resume", default="", help="checkpoint to continue or to evaluate; auto: the last in --output-dir")
     flag("--finetune", default="", help="checkpoint whose weights to start from; another image or head size is fine")
     flag("--start_epoch", type=int, default=0, help="first epoch, counted from 0; --resume sets it")
@@ -356,6 +358,8 @@ def parse_args(argv: list[str] | None = None, defaults: dict[str, Any] | None = 
         raise UserError("--per-class-csv and --class-index belong to an evaluation: pass --eval too")
     if args.resume not in ("", "auto") and args.finetune:
         raise UserError("--resume continues a run and --finetune starts one from given weights: pass one of them")
+    if args.eval and args.pretrain != "none":
+        raise UserError("--eval measures a classifier: fine-tune the pretrained encoder first, with --finetune")
     if args.eval and not args.resume and not args.finetune:
         raise UserError("--eval needs a checkpoint to evaluate: pass --resume FILE")
     return args

@@ -168,11 +168,15 @@ class Reporter:
                 file.write(to_json(record) + "\n")
         numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
         self._track(numbers, record["epoch"])
-        averaged = f"  averaged {record['ema_test_acc1']:.2f} %" if "ema_test_acc1" in record else ""
+        accuracy = ""
+        if "test_acc1" in record:
+            accuracy = "  top-1 {test_acc1:.2f} %  top-5 {test_acc5:.2f} %  best {best_acc1:.2f} %".format_map(record)
+        if "ema_test_acc1" in record:
+            accuracy += f"  averaged {record['ema_test_acc1']:.2f} %"
         _logger.info(
-            "epoch %d/%d  loss %.4f  test loss %.4f  top-1 %.2f %%  top-5 %.2f %%  best %.2f %%%s  %.0f images/s",
-            record["epoch"] + 1, self._args.epochs, record["train_loss"], record["test_loss"], record["test_acc1"],
-            record["test_acc5"], record["best_acc1"], averaged, record["train_images_per_s"],
+            "epoch %d/%d  loss %.4f  test loss %.4f%s  %.0f images/s",
+            record["epoch"] + 1, self._args.epochs, record["train_loss"], record["test_loss"], accuracy,
+            record["train_images_per_s"],
         )  # fmt: skip
 
     def summary(self) -> None:
@@ -188,8 +192,11 @@ class Reporter:
         lines = [
             f"{len(records)} epochs in {timedelta(seconds=round(seconds))}: {trained:.0f} s of training at {rate:,.0f} "
             f"images/s, {waited:.0f} s of them waiting for data",
-            f"top-1 {last['test_acc1']:.2f} % at the end, best {last['best_acc1']:.2f} %",
         ]
+        if "test_acc1" in last:
+            lines.append(f"top-1 {last['test_acc1']:.2f} % at the end, best {last['best_acc1']:.2f} %")
+        else:
+            lines.append(f"test loss {last['test_loss']:.4f} at the end, best {last['best_loss']:.4f}")
         if "ema_test_acc1" in last:
             lines[-1] += f", averaged weights {last['ema_test_acc1']:.2f} %"
         lines.append(

@@ -4,6 +4,7 @@ import argparse
 import importlib
 import logging
 import math
+import math
 import signal
 import sys
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ from vim.engine.inherited import (
     read_weights,
 )
 from vim.engine.losses import Objective
+from vim.engine.pretraining import build_pretraining, evaluate_pretraining, pretraining_criterion
 from vim.engine.reporting import Reporter, to_json
 from vim.engine.state import TrainState
 from vim.engine.training import train_one_epoch
@@ -105,6 +107,8 @@ def run(argv: list[str] | None = None) -> dict[str, float]:
         train_set.relabel(numbers, known)
         eval_set.relabel(numbers, known)
     model = build_model(args, num_classes)
+    if args.pretrain != "none":
+        model = build_pretraining(model, args)
     if weights is not None:
         finetuned = weights is not checkpoint and not args.eval
         classes = getattr(train_set, "classes", None) if finetuned else None
@@ -113,8 +117,11 @@ def run(argv: list[str] | None = None) -> dict[str, float]:
     train_loader, eval_loader = build_loaders(args, train_set, eval_set, world_size=place.world_size, rank=place.rank)
     if args.eval:
         return _evaluate_only(model, weights, eval_loader, columns, args, place)
-    objective = build_objective(args, place, num_classes)
+    pretraining = args.pretrain != "none"
+    objective = pretraining_criterion if pretraining else build_objective(args, place, num_classes)
     state = build_training(model, args, place, num_classes)
+    if pretraining:
+        state.best = -math.inf
     if own:
         state.restore(checkpoint, args, place.world_size)
     elif checkpoint is not None:
@@ -199,12 +206,14 @@ def _train(
             )  # fmt: skip
             return {**record, "stopped": True}
         # Published order: the schedule moves by the index of the epoch just finished.
-        state.scheduler.step(epoch, tested["test_acc1"])
+        score = tested["test_acc1"] if "test_acc1" in tested else -tested["test_loss"]
+        state.scheduler.step(epoch, score)
         state.next_epoch()
-        improved = tested["test_acc1"] > state.best
-        state.best = max(state.best, tested["test_acc1"])
+        improved = score > state.best
+        state.best = max(state.best, score)
         bad = sum(count_bad_images(loader.dataset, place) for loader in (train_loader, eval_loader))
-        record = {"epoch": epoch, **trained, **tested, "best_acc1": state.best, "bad_images": bad}
+        best = {"best_acc1": state.best} if "test_acc1" in tested else {"best_loss": -state.best}
+        record = {"epoch": epoch, **trained, **tested, **best, "bad_images": bad}
         # The line first: a run killed in between writes it again, which readers of the log allow for.
         reporter.epoch(record)
         manager.save_epoch(state, improved=improved)
@@ -217,11 +226,12 @@ def _evaluate_both(
 ) -> dict[str, float] | None:
     """Figures of the model, and of its average under names that begin with "ema_"; None if a stop was requested."""
     stop = {"stop_requested": lambda: state.stop_requested}
-    tested = evaluate(state.model, eval_loader, args, place, reporter, **stop)
+    measure = evaluate if args.pretrain == "none" else evaluate_pretraining
+    tested = measure(state.model, eval_loader, args, place, reporter, **stop)
     if tested is None or state.ema is None:
         return tested
     averaged = state.ema.module.to(place.device)
-    figures = evaluate(averaged, eval_loader, args, place, reporter, **stop)
+    figures = measure(averaged, eval_loader, args, place, reporter, **stop)
     if args.model_ema_force_cpu:
         averaged.cpu()
     return None if figures is None else tested | {f"ema_{k}": v for k, v in figures.items()}

@@ -1,7 +1,7 @@
 """Autoregressive pretraining of a Mamba encoder by predicting clusters of patches (ARM, arXiv 2406.07537).
 
 Legend: B batch, M = 144 patches, S = 9 segments of K = 16 patches, T = (S - 1) * K = 128 tokens, D encoder width,
-E decoder width, P = 768 values of a patch.
+E decoder width, P values of a patch.
 """
 
 from functools import partial
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp, lecun_normal_, trunc_normal_
+from timm.layers import Mlp, lecun_normal_, to_2tuple, trunc_normal_
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -85,7 +85,9 @@ class ArmPretraining(nn.Module):
     depths the decoder predicts segments two to nine, each from those before it.
 
     Args:
-        img_size, patch_size, stride, channels: fixed to 192, 16, 16 and 3, which the segments and the decoder ask for.
+        img_size: side in pixels, 12 patches: nine segments of 4 × 4.
+        patch_size, stride: of the patches, equal.
+        channels: colour channels.
         depth: 12 or 24 blocks.
         embed_dim: width D, a multiple of 4.
         dec_embed_dim: width E of the decoder, a multiple of 64.
@@ -116,12 +118,11 @@ class ArmPretraining(nn.Module):
     ) -> None:
         super().__init__()
         for name, value, only in (
-            ("img_size", img_size, (192, (192, 192), [192, 192])), ("patch_size", patch_size, (16,)),
-            ("stride", stride, (16,)), ("channels", channels, (3,)), ("depth", depth, (12, 24)),
-            ("bimamba_type", bimamba_type, ("none",)),
+            ("img_size", to_2tuple(img_size), ((SIDE * patch_size,) * 2,)), ("stride", stride, (patch_size,)),
+            ("depth", depth, (12, 24)), ("bimamba_type", bimamba_type, ("none",)),
         ):  # fmt: skip
-            if value not in only:
-                expected = " or ".join(map(repr, only[:2] if name == "depth" else only[:1]))
+            if (tuple(value) if isinstance(value, list) else value) not in only:
+                expected = " or ".join(map(repr, only))
                 raise ValueError(f"{name} of ARM's pretraining must be {expected}, got {value!r}")
         if dec_embed_dim % 64 or dec_embed_dim < 64 or embed_dim % 4 or embed_dim < 4:
             raise ValueError(
@@ -180,13 +181,14 @@ class ArmPretraining(nn.Module):
         self.grad_checkpointing = enable
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, 192, 192) → latents (B, T, E, 4), one set for each block of the decoder.
+        """Images (B, C, H, W) → latents (B, T, E, 4), one set for each block of the decoder.
 
         Raises:
             ValueError: images of another shape.
         """
-        if x.dim() != 4 or tuple(x.shape[1:]) != (3, 192, 192):
-            raise ValueError(f"ARM's pretraining takes images (batch, 3, 192, 192), got {tuple(x.shape)}")
+        expected = (self.patch_embed.proj.in_channels, *self.patch_embed.img_size)
+        if x.dim() != 4 or tuple(x.shape[1:]) != expected:
+            raise ValueError(f"ARM's pretraining takes images (batch, *{expected}), got {tuple(x.shape)}")
         hidden = by_segments(self.patch_embed(x) + self.pos_embed)[:, :TOKENS]
         residual: torch.Tensor | None = None
         outputs = []
@@ -215,6 +217,6 @@ class ArmPretraining(nn.Module):
         return (pixels - pixels.mean(-1, keepdim=True)) / (pixels.var(-1, keepdim=True) + 1e-6).sqrt()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, 192, 192) → squared errors (T,), means over batch and values; their mean is the loss."""
+        """Images (B, C, H, W) → squared errors (T,), means over batch and values; their mean is the loss."""
         prediction = self.decode(self.encode(x))
         return (prediction - self.targets(x).to(prediction.dtype)).square().mean((0, 2))

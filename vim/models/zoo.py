@@ -80,9 +80,11 @@ def _register(name: str, summary: str, architecture: str, constructor: str, **pu
     """Register a model under `name`, built as its authors' `constructor` builds it."""
 
     def entry_point(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
-        own = translate_arguments(architecture, constructor, **published)
-        if "patch_size" in kwargs:
-            own["stride"] = kwargs["patch_size"]
+        # The stride follows the patch size, and the width of an MLP the model's.
+        sizes = {name: kwargs[name] for name in ("patch_size", "embed_dim") if name in kwargs}
+        own = translate_arguments(architecture, constructor, **{**published, **sizes})
+        if "patch_size" in sizes:
+            own["stride"] = sizes["patch_size"]
         return create(name, pretrained, **{**own, **kwargs})
 
     entry_point.__name__ = entry_point.__qualname__ = name
