@@ -54,9 +54,7 @@ def narrow(name: str, **kwargs: Any) -> torch.nn.Module:
 
 
 def images(model: torch.nn.Module, batch: int = 2) -> torch.Tensor:
-    frames = (model.num_frames,) if model.num_frames else ()
-    shape = (batch, model.in_chans, *frames, *model.patch_embed.img_size)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return torch.randn(batch, *model.input_shape, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize(("name", "count"), PARAMETERS.items())

@@ -7,8 +7,11 @@ then counts whole models, forward and backward. `flop_terms` is the same count a
 from typing import Any
 
 import torch
+from mamba_ssm_vim import Mamba
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
+from vim.models.layers import Block
 from vim.models.vision_mamba import VisionMamba
 
 
@@ -62,7 +65,7 @@ def count_flops(model: VisionMamba, batch: int = 1) -> int:
         batch: images.
     """
     weight = model.patch_embed.proj.weight
-    images = torch.zeros(batch, model.in_chans, *model.patch_embed.img_size, device=weight.device, dtype=weight.dtype)
+    images = torch.zeros(batch, *model.input_shape, device=weight.device, dtype=weight.dtype)
     training = model.training
     with FlopCounterMode(display=False) as counter:
         model.eval()(images)
@@ -75,7 +78,13 @@ def flop_terms(model: VisionMamba) -> dict[str, int]:
 
     A multiply-add is two operations. Norms, residual sums and the position embedding, which torch's counter leaves out,
     are left out here too.
+
+    Raises:
+        ValueError: a model with more than Vim's parts, which `count_flops` alone counts.
     """
+    parts = {type(layer) for layer in model.layers} | {type(layer.mixer) for layer in model.layers}
+    if parts != {Block, Mamba} or model.num_frames or not isinstance(model.neck, nn.Identity):
+        raise ValueError("flop_terms knows Vim's parts alone: use count_flops for this model")
     mixer, depth = model.layers[0].mixer, len(model.layers)
     patches, dim = model.patch_embed.num_patches, model.embed_dim
     tokens = patches + model.num_prefix_tokens

@@ -4,7 +4,6 @@ import argparse
 import importlib
 import logging
 import math
-import math
 import signal
 import sys
 from collections.abc import Iterator

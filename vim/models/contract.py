@@ -16,7 +16,7 @@ from vim.models.tokens import checked_pool
 class TimmContract(nn.Module):
     """The methods that `VisionMamba` adds to a module for timm; their attributes are set there."""
 
-    __jit_unused_properties__ = ("token_layout", "head_hidden_size")
+    __jit_unused_properties__ = ("token_layout", "head_hidden_size", "input_shape")
 
     @property
     def head_hidden_size(self) -> int:
@@ -30,6 +30,12 @@ class TimmContract(nn.Module):
         """Where tokens stand for an image of the model's own size; its `grid` is that of the position embedding."""
         frames = self.num_frames // self.patch_embed.tubelet if self.num_frames else 1
         return self._layout(self.patch_embed.grid_size, frames)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of a sample: (channels, height, width), of a clip (channels, frames, height, width)."""
+        frames = (self.num_frames,) if self.num_frames else ()
+        return (self.in_chans, *frames, *self.patch_embed.img_size)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

@@ -130,13 +130,12 @@ def export_onnx(model: VisionMamba, file: str | Path) -> onnx.ModelProto:
         raise ValueError(
             f"the model holds {', '.join(sorted(map(str, kinds)))}: convert it with .float() for the export"
         )
-    frames = (model.num_frames,) if model.num_frames else ()
     training = model.training
     model.eval()
     try:
         program = torch.onnx.export(
             model,
-            (torch.zeros(2, model.in_chans, *frames, *model.patch_embed.img_size),),
+            (torch.zeros(2, *model.input_shape),),
             input_names=["images"],
             output_names=["logits"],
             dynamic_shapes={"x": {0: torch.export.Dim("batch")}},
