@@ -3,8 +3,8 @@
     python benchmarks/scan.py [--quick] [--reference] [--out output/benchmarks]
 
 Prints a table, writes scan.csv and scan.png. "Floor" is the time that the arithmetic alone would take at the measured
-FMA rate: see docs/kernels.md for the counts. With --reference it also measures the pure PyTorch reference on one core,
-for batches of 1 and 8 (columns over_reference_*: how many times faster the native scan is).
+FMA rate: see docs/cpu-kernels.md for the counts. With --reference it also measures the pure PyTorch reference on one
+core, for batches of 1 and 8 (columns over_reference_*: how many times faster the native scan is).
 """
 
 import argparse

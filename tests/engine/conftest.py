@@ -1,10 +1,10 @@
-"""A made-up ImageNet-style tree, and the command line as a process."""
+"""A synthetic ImageNet-style tree, and the command line as a process."""
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 from PIL import Image
@@ -34,10 +34,7 @@ def run_main():
 
     def run(*argv: str, check: bool = True) -> subprocess.CompletedProcess:
         env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2"}
-        done = subprocess.run(
-            [sys.executable, "main.py", *map(str, argv)], cwd=REPOSITORY / "vim", env=env, text=True,
-            capture_output=True, timeout=300,
-        )  # fmt: skip
+        done = forked.run("main.py", *argv, cwd=REPOSITORY / "vim", env=env)
         if check:
             assert done.returncode == 0, done.stderr
         return done

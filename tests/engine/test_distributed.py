@@ -8,11 +8,13 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 
@@ -41,17 +43,36 @@ def environment(device):
     return {**os.environ, "OMP_NUM_THREADS": "1", **hidden}
 
 
-def start(device, processes, *argv):
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+class Ranks:
+    """The processes of one run, with the environment that torchrun gives them."""
+
+    def __init__(self, device, processes, *argv):
+        shared = {}
+        if processes > 1:
+            with socket.create_server(("127.0.0.1", 0)) as server:
+                port = server.getsockname()[1]
+            shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+        self.ranks = []
+        for rank in range(processes):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
+            env = {**environment(device), **shared, **own}
+            self.ranks.append(forked.Forked("main.py", "--device", device, *argv, cwd=REPOSITORY / "vim", env=env))
+
+    def communicate(self, timeout):
+        texts = [rank.communicate(timeout) for rank in self.ranks]
+        self.returncode = max(abs(rank.returncode) for rank in self.ranks)
+        return ["".join(part) for part in zip(*texts, strict=True)]
+
+
+def torchrun(device, processes, *argv):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     return subprocess.Popen(
         [*command, "main.py", "--device", device, *map(str, argv)], cwd=REPOSITORY / "vim", env=environment(device),
         text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
 
-def launch(device, processes, *argv):
+def launch(device, processes, *argv, start=Ranks):
     process = start(device, processes, *argv)
     out, err = process.communicate(timeout=500)
     assert process.returncode == 0, err
@@ -183,10 +204,10 @@ def test_shards_with_other_options(runs, mode):
 
 
 def test_one_process_killed(device, runs, odd_tree, tmp_path):
-    """SIGKILL of one rank ends the run; --resume auto gives the bits of an undisturbed run of two processes."""
+    """Under torchrun, SIGKILL of one rank ends the run; --resume auto gives the bits of an undisturbed run of two."""
     expected = runs(2, "--no-repeated-aug")[0]
     argv = (*FLAGS, "--no-repeated-aug", "--batch-size", 4, "--data-path", odd_tree, "--output_dir", tmp_path)
-    process = start(device, 2, *argv, "--resume", "auto")
+    process = torchrun(device, 2, *argv, "--resume", "auto")
     deadline = time.monotonic() + 300
     while not (tmp_path / "checkpoint.pth").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -194,7 +215,7 @@ def test_one_process_killed(device, runs, odd_tree, tmp_path):
     os.kill(int(children[-1]), signal.SIGKILL)
     _, err = process.communicate(timeout=300)
     assert process.returncode != 0, err
-    _, err = launch(device, 2, *argv, "--resume", "auto")
+    _, err = launch(device, 2, *argv, "--resume", "auto", start=torchrun)
     assert err.count("resuming from") == 1
     first, second = state(expected), state(tmp_path)
     assert all(torch.equal(first["model"][k], second["model"][k]) for k in first["model"])

@@ -2,11 +2,10 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 
@@ -53,10 +52,7 @@ def environment():
 
 
 def start(*command):
-    return subprocess.Popen(
-        [sys.executable, *map(str, command)], cwd=REPOSITORY / "vim", env=environment(), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    return forked.Forked(*command, cwd=REPOSITORY / "vim", env=environment())
 
 
 def finish(process):

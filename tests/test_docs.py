@@ -1,0 +1,68 @@
+"""README and docs/: links lead somewhere, pictures are drawn by their script, quoted messages are the program's."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+# Messages of other projects that docs/troubleshooting.md explains.
+FOREIGN = {
+    "undefined symbol", "incompatible function arguments", "selective_scan_cuda", "causal_conv1d_cuda",
+    "Mamba.__init__() got an unexpected keyword argument 'bimamba_type'", "size mismatch for pos_embed",
+    "shape '[-1, 14, 14, 192]' is invalid", "CUDA out of memory", "DataLoader worker exited unexpectedly", "Bus error",
+    "Address already in use", "Expected u.is_cuda() to be true", "torch.compile", "torch.export",
+    "No module named 'pkg_resources'",
+}  # fmt: skip
+
+
+def prose(page: Path) -> str:
+    return re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub makes of the headings."""
+    titles = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if target.startswith(("http://", "https://")):
+            continue
+        name, _, anchor = target.partition("#")
+        linked = (page.parent / name).resolve() if name else page
+        assert linked.exists(), target
+        if anchor:
+            assert anchor in anchors(linked), target
+
+
+def test_quoted_messages_are_in_the_sources():
+    folders = ("causal-conv1d", "mamba-1p1p1", "vim")
+    sources = [p.read_text() for folder in folders for p in (ROOT / folder).rglob("*.py") if "tests" not in p.parts]
+    # Adjacent strings of one message are joined.
+    text = re.sub(r'"\s*\n\s*f?"', "", "\n".join([*sources, (ROOT / "pyproject.toml").read_text()]))
+    titles = re.findall(r"^\*\*(.+?)\.?\*\*", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    quoted = {q for title in titles for q in re.findall(r"`([^`]+)`", title)}
+    assert quoted >= FOREIGN
+    assert len(quoted - FOREIGN) >= 6
+    for message in quoted - FOREIGN:
+        for part in message.split("..."):
+            assert part.strip(" ,") in text, message
+
+
+def test_pictures_of_the_architecture_are_those_of_the_script(tmp_path):
+    script = ROOT / "scripts" / "draw_architecture.py"
+    subprocess.run([sys.executable, script, tmp_path], check=True, timeout=120)
+    for name in ("packages", "image", "gradient"):
+        words = [
+            re.findall(r">([^<>\n]+)</text>", (folder / f"architecture-{name}.svg").read_text())
+            for folder in (tmp_path, ROOT / "assets")
+        ]
+        assert words[0] == words[1]
+        assert len(words[0]) > 5
+        assert (ROOT / "assets" / f"architecture-{name}.png").is_file()
