@@ -1,9 +1,8 @@
 """Which implementation of an operator runs: chosen by device and dtype at call time, or forced.
 
-Every operator keeps a table `{backend name: module}`. A module says `why_not(...)`: `None` if it can serve these
-tensors, otherwise the reason in one clause. The first backend in the order of `BACKENDS` that can serve is used; a
-reason to decline is logged once. `VIM_BACKEND=reference|cpu|triton|cuda`, or `use_backend`, forces one, and a forced
-backend that cannot run raises.
+Every operator keeps a table of its backends (`registry.OpBackends`). The first one in the order of `BACKENDS` that can
+serve the tensors is used; a reason to decline is logged once. `VIM_BACKEND=reference|cpu|triton|cuda`, or
+`use_backend`, forces one, and a forced backend that cannot run raises.
 """
 
 import contextlib
@@ -11,12 +10,26 @@ import contextvars
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
 _logger = logging.getLogger("vision_mamba.backend")
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("vim_backend", default=None)
 _said: set[tuple[str, str, str]] = set()
+
+
+class Backend(Protocol):
+    """A module with one implementation of an operator; `inputs` and `flags` are the operator's."""
+
+    def why_not(self, *inputs: Any) -> str | None:
+        """None if it can serve these inputs, else the reason in one clause."""
+
+    def forward(self, *inputs: Any, **flags: Any) -> Any:
+        """The operator's results, and what `backward` needs of them."""
+
+    def backward(self, *gradients_and_inputs: Any, **flags: Any) -> Any:
+        """The gradients of the inputs by name."""
 
 
 class BackendError(RuntimeError):

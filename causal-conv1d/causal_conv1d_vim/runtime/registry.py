@@ -2,11 +2,9 @@
 
 import importlib
 import importlib.util
-from types import ModuleType
+from typing import Any
 
-import torch
-
-from causal_conv1d_vim.runtime.backend import BACKENDS, choose, forced_backend
+from causal_conv1d_vim.runtime.backend import BACKENDS, Backend, choose, forced_backend
 
 
 class OpBackends:
@@ -20,7 +18,7 @@ class OpBackends:
     def __init__(self, op: str, package: str) -> None:
         self.op = op
         self._package = package
-        self._modules: dict[str, ModuleType] = {}
+        self._modules: dict[str, Backend] = {}
         self._names = [
             name
             for name in BACKENDS
@@ -33,18 +31,26 @@ class OpBackends:
         """Backends that implement the operator, in order of preference."""
         return list(self._names)
 
-    def module(self, name: str) -> ModuleType:
+    def module(self, name: str) -> Backend:
         """The backend's module."""
         if name not in self._modules:
             self._modules[name] = importlib.import_module(f"{self._package}.{name}")
         return self._modules[name]
 
-    def pick(self, *args: torch.Tensor | None) -> str:
-        """Name of the backend for a call with these tensors (the arguments of the modules' `why_not`)."""
+    def pick(self, *inputs: Any) -> str:
+        """Name of the backend for a call with these inputs, which are the arguments of `why_not`."""
         # Of small calls on a CPU the choice is a visible share, so a tensor there does not ask the GPU's backends.
         forced, names = forced_backend(), self._names
-        if forced is None and args[0].is_cpu:
+        if forced is None and inputs[0].is_cpu:
             names = self._without_gpu
-            if self.module(names[0]).why_not(*args) is None:
+            if self.module(names[0]).why_not(*inputs) is None:
                 return names[0]
-        return choose(self.op, names, lambda name: self.module(name).why_not(*args), forced)
+        return choose(self.op, names, lambda name: self.module(name).why_not(*inputs), forced)
+
+    def fused(self, *inputs: Any) -> Backend | None:
+        """The first backend with one kernel for a composed operator; None leaves the call to the operators inside."""
+        forced = forced_backend()
+        for name in self._names:
+            if name != "reference" and forced in (None, name) and self.module(name).why_not(*inputs) is None:
+                return self.module(name)
+        return None

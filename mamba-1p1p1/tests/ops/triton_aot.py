@@ -92,7 +92,7 @@ def launch_all(width: int, dtype: torch.dtype, *, quick: bool = False) -> None:
             scan.forward(u, delta, A, B, C, D, z, bias, None, **flags, out=out, accumulate=True)
             scan.backward(dout, None, u, delta, A, B, C, D, z, bias, None, saved, **flags)
     row, states = torch.empty(2, inner, dtype=dtype), torch.empty(2, STATES, dtype=dtype)
-    state_update.forward(torch.empty(2, inner, STATES), row, row, A, states, states, D, row, bias, True)
+    state_update.forward(torch.empty(2, inner, STATES), row, row, A, states, states, D, row, bias, dt_softplus=True)
     h, residual, scale = torch.empty(2, 197, width, dtype=dtype), torch.empty(2, 197, width), torch.empty(width)
     for rms in (True, False):
         _, total, mean, rstd = norm.forward(h, residual, scale, None, eps=1e-5, rms=rms, residual_dtype=torch.float32)

@@ -4,13 +4,12 @@ Legend: B batch, L tokens, E inner channels, N states, R rank of dt, W convoluti
 """
 
 import dataclasses
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from causal_conv1d_vim.conv import causal_conv1d
 from causal_conv1d_vim.runtime.autodiff import dispatched, forbid_double_backward, recording
-from causal_conv1d_vim.runtime.backend import forced_backend
+from causal_conv1d_vim.runtime.backend import Backend
 from causal_conv1d_vim.runtime.operators import check
 from causal_conv1d_vim.runtime.registry import OpBackends
 
@@ -61,17 +60,9 @@ def _one_direction(x: torch.Tensor, z: torch.Tensor, p: Direction) -> torch.Tens
     return out
 
 
-def _fused(xz: torch.Tensor, directions: list[Direction], tensors: list[torch.Tensor | None]) -> ModuleType | None:
+def _fused(xz: torch.Tensor, directions: list[Direction], tensors: list[torch.Tensor | None]) -> Backend | None:
     """The first backend with a fused mixer that can serve the call; None leaves it to the operators one by one."""
-    if dispatched((xz,), tensors):
-        return None
-    forced = forced_backend()
-    for name in backends.names:
-        if name != "reference" and forced in (None, name):
-            module = backends.module(name)
-            if module.why_not(xz, directions) is None:
-                return module
-    return None
+    return None if dispatched((xz,), tensors) else backends.fused(xz, directions)
 
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(Direction) if field.name != "reverse")

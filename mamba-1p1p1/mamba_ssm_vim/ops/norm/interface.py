@@ -9,8 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from mamba_ssm_vim.ops.norm import add_norm
-from mamba_ssm_vim.ops.norm.op import check_arguments
+from mamba_ssm_vim.ops.norm.op import add_norm, check_arguments
 from mamba_ssm_vim.ops.norm.reference import add_norm_ref
 
 _Optional = torch.Tensor | None
@@ -148,6 +147,9 @@ class RMSNorm(nn.Module):
         hidden_size: width D of the last dimension.
         eps: added to the mean square.
         dropout_p: probability of zeroing an element of the input while training.
+
+    Raises:
+        ValueError: `dropout_p` is no probability below 1. (It comes third, as in release 2; name `device` and `dtype`.)
     """
 
     def __init__(
@@ -159,6 +161,7 @@ class RMSNorm(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        _check_probability(dropout_p)
         self.eps, self.dropout_p = eps, dropout_p
         self.weight = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
         self.register_parameter("bias", None)
@@ -168,6 +171,7 @@ class RMSNorm(nn.Module):
         """Weight to ones."""
         nn.init.ones_(self.weight)
 
+    @torch.jit.unused  # its result is one tensor or two, which TorchScript has no type for
     def forward(
         self, x: torch.Tensor, residual: _Optional = None, prenorm: bool = False, residual_in_fp32: bool = False
     ) -> _Outputs:
@@ -178,9 +182,13 @@ class RMSNorm(nn.Module):
         )  # fmt: skip
 
 
+def _check_probability(dropout_p: float) -> None:
+    if not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p is {dropout_p!r}, expected at least 0 and less than 1")
+
+
 def _draw_masks(x: torch.Tensor, x1: _Optional, dropout_p: float) -> tuple[_Optional, _Optional]:
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p is {dropout_p}, expected at least 0 and less than 1")
+    _check_probability(dropout_p)
     if dropout_p == 0.0:
         return None, None
     return tuple(

@@ -1,10 +1,9 @@
-"""Residual add and norm as one torch operator, and the modules and published functions on top of it."""
+"""Residual add and norm as one torch operator, and the published functions on top of it."""
 
 import torch
 from causal_conv1d_vim.runtime.autodiff import dispatched, forbid_double_backward, recording
 from causal_conv1d_vim.runtime.operators import check, check_dtype, register
 from causal_conv1d_vim.runtime.registry import OpBackends
-from torch import nn
 
 backends = OpBackends("add_norm", "mamba_ssm_vim.ops.norm")
 
@@ -206,39 +205,3 @@ def rms_norm_fn(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`layer_norm_fn` with RMSNorm."""
     return layer_norm_fn(x, weight, bias, residual, eps, prenorm, residual_in_fp32, is_rms_norm=True)
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension, optionally with the residual add before it.
-
-    Args:
-        hidden_size: width D of the last dimension.
-        eps: added to the mean square.
-    """
-
-    def __init__(
-        self,
-        hidden_size: int,
-        eps: float = 1e-5,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
-        self.register_parameter("bias", None)
-
-    def reset_parameters(self) -> None:
-        """Weight to ones."""
-        nn.init.ones_(self.weight)
-
-    @torch.jit.unused  # its result is one tensor or two, which TorchScript has no type for
-    def forward(
-        self,
-        x: torch.Tensor,
-        residual: torch.Tensor | None = None,
-        prenorm: bool = False,
-        residual_in_fp32: bool = False,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """x (..., D) → y (..., D), and with `prenorm` also the new residual."""
-        return rms_norm_fn(x, self.weight, self.bias, residual, self.eps, prenorm, residual_in_fp32)

@@ -1,15 +1,14 @@
 """One step of the selective scan for token-by-token inference: the published function."""
 
 import torch
-from causal_conv1d_vim.runtime import triton as triton_runtime
 from causal_conv1d_vim.runtime.autodiff import dispatched
-from causal_conv1d_vim.runtime.backend import forced_backend
 from causal_conv1d_vim.runtime.operators import check_integers
-from causal_conv1d_vim.runtime.tensors import DTYPES
+from causal_conv1d_vim.runtime.registry import OpBackends
 
 from mamba_ssm_vim.ops.selective_scan import selective_scan
-from mamba_ssm_vim.ops.state_update import triton
 from mamba_ssm_vim.ops.state_update.reference import check
+
+backends = OpBackends("selective_state_update", "mamba_ssm_vim.ops.state_update")
 
 _Optional = torch.Tensor | None
 
@@ -54,8 +53,11 @@ def selective_state_update(
     if state_batch_indices is not None:
         return _update_rows(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices)
     check(state, x, dt, A, B, C, D, z, dt_bias)
-    if _in_triton(state, x, dt, A, B, C, D, z, dt_bias):
-        return triton.forward(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
+    inputs = (state, x, dt, A, B, C, D, z, dt_bias)
+    if not torch.is_grad_enabled() and not dispatched([t for t in inputs if t is not None]):
+        backend = backends.fused(*inputs)
+        if backend is not None:
+            return backend.forward(*inputs, dt_softplus=dt_softplus)
     channels = x[0].numel() if x.shape[0] else x.shape[1:].numel()
 
     def token(t):
@@ -77,20 +79,6 @@ def selective_state_update(
     with torch.no_grad():
         state.copy_(after.view(state.shape))
     return out.view(x.shape)
-
-
-def _in_triton(state, x, dt, A, B, C, D, z, dt_bias) -> bool:
-    """Whether one kernel may do the step in place: nothing to differentiate, and Triton serves the device and types."""
-    tensors = [t for t in (state, x, dt, A, B, C, D, z, dt_bias) if t is not None]
-    return (
-        not torch.is_grad_enabled()
-        and not dispatched(tensors)
-        and forced_backend() in (None, "triton")
-        and x.numel() > 0
-        and state.is_contiguous()
-        and all(t.dtype in DTYPES and t.device == x.device for t in tensors)
-        and triton_runtime.why_not(x) is None
-    )
 
 
 def _update_rows(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, indices) -> torch.Tensor:

@@ -2,9 +2,24 @@
 
 import torch
 from causal_conv1d_vim.runtime import triton as triton_runtime
+from causal_conv1d_vim.runtime.tensors import unsupported_dtype
 
 
-def forward(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus) -> torch.Tensor:
+def why_not(state, x, dt, A, B, C, D, z, dt_bias) -> str | None:
+    """None if the kernel can do the step in place, else the reason."""
+    if x.numel() == 0:
+        return "there is nothing to do"
+    if not state.is_contiguous():
+        return "the state is not contiguous"
+    for t in (state, x, dt, A, B, C, D, z, dt_bias):
+        if t is not None and (reason := unsupported_dtype(t)) is not None:
+            return reason
+        if t is not None and t.device != x.device:
+            return "the tensors are on several devices"
+    return triton_runtime.why_not(x)
+
+
+def forward(state, x, dt, A, B, C, D, z, dt_bias, *, dt_softplus) -> torch.Tensor:
     """out like x, after updating `state`, which must be contiguous, in place."""
     from mamba_ssm_vim.ops.state_update.triton_kernels import state_update
 

@@ -112,6 +112,8 @@ def test_modules():
     torch.testing.assert_close(dropping.eval()(x, residual), plain(x, residual))
     torch.manual_seed(0)
     assert not torch.equal(dropping.train()(x, residual), plain(x, residual))
+    with pytest.raises(ValueError, match="dropout_p is 'cpu'"):  # third in release 1 was the device
+        layernorm.RMSNorm(16, 1e-5, "cpu")
 
 
 def test_bad_arguments_are_named():

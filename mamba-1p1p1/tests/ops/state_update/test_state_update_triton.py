@@ -39,7 +39,7 @@ def test_matches_the_reference(channels, groups, dstate, dtype, full):
     expected_state = state.clone()
     expected = selective_state_update_ref(expected_state, x, dt, A, B, C, *rest)
     with use_backend("triton"), torch.no_grad():
-        assert op._in_triton(state, x, dt, A, B, C, *rest[:3])
+        assert op.backends.fused(state, x, dt, A, B, C, *rest[:3]) is op.backends.module("triton")
         out = selective_state_update(state, x, dt, A, B, C, *rest)
     assert out.dtype == dtype
     assert error(out, expected) < LIMITS[dtype]
