@@ -6,8 +6,8 @@ import torch
 
 from causal_conv1d_vim.conv.reference import ConvGradients
 from causal_conv1d_vim.runtime import triton as triton_runtime
-from causal_conv1d_vim.runtime.tensors import cast_like, rows
-from causal_conv1d_vim.runtime.triton import guard, interpreting
+from causal_conv1d_vim.runtime.tensors import cast_like
+from causal_conv1d_vim.runtime.triton import guard, interpreting, tokens
 
 MAX_WIDTH = 8
 TILE_T = 16
@@ -30,9 +30,8 @@ def _launch(x: torch.Tensor, weight: torch.Tensor) -> tuple[tuple[int, int], dic
     return grid, {"W": weight.shape[1], "TILE_T": tile, "BLOCK_E": BLOCK_E, "num_warps": 4, "num_stages": 1}
 
 
-def _parameters(x, weight, bias, initial_state):
-    state = None if initial_state is None else initial_state.contiguous()
-    return rows(x), weight.contiguous(), None if bias is None else bias.contiguous(), state
+def _inputs(x, weight, bias, initial_state):
+    return *tokens(x), *(None if t is None else t.contiguous() for t in (weight, bias, initial_state))
 
 
 def forward(
@@ -51,12 +50,9 @@ def forward(
     from causal_conv1d_vim.conv import triton_kernels as kernels
 
     grid, meta = _launch(x, weight)
-    x, weight, bias, state = _parameters(x, weight, bias, initial_state)
+    inputs = _inputs(x, weight, bias, initial_state)
     with guard(x):
-        kernels.conv_forward[grid](
-            x, weight, bias, state, out, *x.stride()[:2], *out.stride()[:2], *x.shape[1:],
-            HAS_BIAS=bias is not None, HAS_STATE=state is not None, SILU=silu, REVERSE=reverse, **meta,
-        )  # fmt: skip
+        kernels.conv_forward[grid](*inputs, *tokens(out), *x.shape[1:], SILU=silu, REVERSE=reverse, **meta)
     return out
 
 
@@ -84,16 +80,14 @@ def backward(
     from causal_conv1d_vim.conv import triton_kernels as kernels
 
     grid, meta = _launch(x, weight)
-    x, weight_in, bias_in, state = _parameters(x, weight, bias, initial_state)
-    dout = rows(dout)
+    inputs = _inputs(x, weight, bias, initial_state)
     dweight = torch.empty(grid[0], weight.shape[1], x.shape[2], dtype=torch.float32, device=x.device)
     dbias = torch.empty(grid[0], x.shape[2], dtype=torch.float32, device=x.device)
-    dstate = None if state is None else torch.empty_like(state)
+    dstate = None if initial_state is None else torch.empty_like(inputs[-1])
     with guard(x):
         kernels.conv_backward[grid](
-            dout, x, weight_in, bias_in, state, dx, dstate, dweight, dbias,
-            *dout.stride()[:2], *x.stride()[:2], *dx.stride()[:2], *x.shape[1:],
-            HAS_BIAS=bias is not None, HAS_STATE=state is not None, SILU=silu, REVERSE=reverse, ADD=accumulate, **meta,
+            *tokens(dout), *inputs, *tokens(dx), dstate, dweight, dbias, *x.shape[1:],
+            SILU=silu, REVERSE=reverse, ADD=accumulate, **meta,
         )  # fmt: skip
     return ConvGradients(
         dx, cast_like(dweight.sum(0).t(), weight), cast_like(dbias.sum(0), bias), cast_like(dstate, initial_state)

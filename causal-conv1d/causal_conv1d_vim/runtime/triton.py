@@ -6,7 +6,7 @@ from types import ModuleType
 import torch
 
 from causal_conv1d_vim.runtime.backend import forced_backend
-from causal_conv1d_vim.runtime.tensors import unsupported_dtype
+from causal_conv1d_vim.runtime.tensors import rows, unsupported_dtype
 
 _probed: dict[tuple[str, int | None], str | None] = {}
 _interpreting: bool | None = None
@@ -44,7 +44,7 @@ def why_not(x: torch.Tensor) -> str | None:
 def _probe(device: torch.device) -> str | None:
     """Compile and launch one small kernel: a missing compiler or driver shows here and not in the middle of a model."""
     try:
-        kernel = importlib.import_module("causal_conv1d_vim.conv.triton_kernels")
+        kernel = importlib.import_module("causal_conv1d_vim.runtime.triton_kernels")
         out = torch.zeros(32, dtype=torch.float32, device=device)
         with torch.cuda.device(device):
             kernel.probe[(1,)](out, SIZE=32)
@@ -55,6 +55,17 @@ def _probe(device: torch.device) -> str | None:
     except Exception as error:
         return f"a Triton kernel cannot be built or launched: {str(error).splitlines()[0] if str(error) else error!r}"
     return None
+
+
+def tokens(t: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """A (B, L, E) or (B, L, G, N) tensor as the kernels take it: with a contiguous last axis, and the other strides.
+
+    They are spread over the kernel's arguments: passing tuples doubles the time that Triton takes to launch.
+    """
+    if t is None:
+        return None, 0, 0
+    t = rows(t)
+    return t, *t.stride()[:-1]
 
 
 def multiprocessors(x: torch.Tensor) -> int:

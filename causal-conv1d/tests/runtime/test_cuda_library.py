@@ -128,7 +128,7 @@ def test_a_kernel_that_does_not_compile_is_one_line(monkeypatch):
     def broken(*args):
         raise RuntimeError("no compiler\nand much more")
 
-    kernels = pytest.importorskip("causal_conv1d_vim.conv.triton_kernels")
+    kernels = pytest.importorskip("causal_conv1d_vim.runtime.triton_kernels")
     monkeypatch.setattr(kernels, "probe", {(1,): broken})
     reason = triton_runtime._probe(torch.device("cpu"))
     assert reason.startswith("a Triton kernel cannot be built or launched")

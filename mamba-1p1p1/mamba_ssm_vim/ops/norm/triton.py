@@ -42,7 +42,7 @@ def forward(x, residual, weight, bias, *, eps, rms, residual_dtype):
         with guard(x):
             kernels.norm_forward[(math.ceil(count / meta["ROWS"]),)](
                 x, residual, weight, bias, y, total, mean, rstd, count, dim, float(eps),
-                HAS_RESIDUAL=residual is not None, HAS_BIAS=bias is not None, RMS=rms, **meta,
+                RMS=rms, **meta,
             )  # fmt: skip
     return y, total, mean, rstd
 
@@ -66,8 +66,7 @@ def backward(dy, dresidual_out, residual_out, weight, bias, mean, rstd, *, rms, 
     with guard(dy):
         kernels.norm_backward[(programs,)](
             dy, incoming, residual_out, weight, mean, rstd, dx, dresidual, dweight, dbias, count, dim, steps,
-            HAS_DTOTAL=incoming is not None, HAS_BIAS=bias is not None, RMS=rms, ROUNDED=x_dtype != torch.float32,
-            **meta,
+            RMS=rms, ROUNDED=x_dtype != torch.float32, **meta,
         )  # fmt: skip
     dbias = None if bias is None else dbias.sum(0)
     return NormGradients(dx, dresidual, cast_like(dweight.sum(0), weight), cast_like(dbias, bias))

@@ -7,8 +7,7 @@ import triton.language as tl
 @triton.jit
 def norm_forward(
     x, residual, weight, bias, y, total, mean, rstd, rows, dim, eps,
-    HAS_RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr, RMS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    RMS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """y = norm(x + residual) · weight + bias; the sum itself goes to total. All (rows, D) contiguous."""
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -16,7 +15,7 @@ def norm_forward(
     mask = (r < rows)[:, None] & (d < dim)[None, :]
     at = r[:, None] * dim + d[None, :]
     value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-    if HAS_RESIDUAL:
+    if residual is not None:
         value += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(total + at, value.to(total.dtype.element_ty), mask=mask)
     if not RMS:
@@ -26,7 +25,7 @@ def norm_forward(
     inverse = 1.0 / tl.sqrt(tl.sum(value * value, 1) / dim + eps)
     tl.store(rstd + r, inverse, mask=r < rows)
     out = value * inverse[:, None] * tl.load(weight + d, mask=d < dim, other=0.0).to(tl.float32)[None, :]
-    if HAS_BIAS:
+    if bias is not None:
         out += tl.load(bias + d, mask=d < dim, other=0.0).to(tl.float32)[None, :]
     tl.store(y + at, out.to(y.dtype.element_ty), mask=mask)
 
@@ -34,8 +33,7 @@ def norm_forward(
 @triton.jit
 def norm_backward(
     dy, dtotal, total, weight, mean, rstd, dx, dresidual, dweight, dbias, rows, dim, steps,
-    HAS_DTOTAL: tl.constexpr, HAS_BIAS: tl.constexpr, RMS: tl.constexpr, ROUNDED: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    RMS: tl.constexpr, ROUNDED: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dresidual = dtotal + d norm / d total · dy in float32, dx the same rounded (if ROUNDED); dweight and dbias are
     partial sums (programs, D) over the program's steps · ROWS rows."""
@@ -55,18 +53,18 @@ def norm_backward(
             value = tl.where(mask, value - tl.load(mean + r, mask=r < rows, other=0.0)[:, None], 0.0)
         normed = value * inverse[:, None]
         sum_weight += tl.sum(grad * normed, 0)
-        if HAS_BIAS:
+        if dbias is not None:
             sum_bias += tl.sum(grad, 0)
         scaled = grad * scale[None, :]
         out = scaled - normed * (tl.sum(scaled * normed, 1) / dim)[:, None]
         if not RMS:
             out -= (tl.sum(scaled, 1) / dim)[:, None]
         out = out * inverse[:, None]
-        if HAS_DTOTAL:
+        if dtotal is not None:
             out += tl.load(dtotal + at, mask=mask, other=0.0).to(tl.float32)
         tl.store(dresidual + at, out, mask=mask)
         if ROUNDED:
             tl.store(dx + at, out.to(dx.dtype.element_ty), mask=mask)
     tl.store(dweight + tl.program_id(0) * dim + d, sum_weight, mask=d_mask)
-    if HAS_BIAS:
+    if dbias is not None:
         tl.store(dbias + tl.program_id(0) * dim + d, sum_bias, mask=d_mask)

@@ -5,8 +5,8 @@ import math
 
 import torch
 from causal_conv1d_vim.runtime import triton as triton_runtime
-from causal_conv1d_vim.runtime.tensors import cast_like, rows
-from causal_conv1d_vim.runtime.triton import guard
+from causal_conv1d_vim.runtime.tensors import cast_like, plain
+from causal_conv1d_vim.runtime.triton import guard, tokens
 
 from mamba_ssm_vim.ops.selective_scan.reference import ScanGradients
 
@@ -73,14 +73,6 @@ def _state(t: torch.Tensor | None) -> torch.Tensor | None:
     return None if t is None else t.float().transpose(1, 2).contiguous()
 
 
-def _vector(t: torch.Tensor | None) -> torch.Tensor | None:
-    return None if t is None else t.contiguous()
-
-
-def _strides(t: torch.Tensor | None, count: int) -> tuple[int, ...]:
-    return (0,) * count if t is None else t.stride()[:count]
-
-
 class _Launch:
     """The arguments that the kernels of one call share."""
 
@@ -91,57 +83,51 @@ class _Launch:
         self.plan = _plan(u, A, B)
         self.batch, self.seqlen, self.dim = u.shape
         self.dstate, self.groups = A.shape[1], B.shape[2]
-        self.u, self.delta, self.A, self.B, self.bias = (
-            rows(u),
-            rows(delta),
-            A.float().contiguous(),
-            rows(B),
-            delta_bias,
-        )
+        self.device = u.device
+        self.u, self.delta, self.A, self.B, self.bias = tokens(u), tokens(delta), plain(A), tokens(B), delta_bias
         self.grid = (self.batch * self.groups * self.plan.blocks, self.plan.chunks)
-        self.sizes = (
-            self.seqlen, self.dim, self.dstate, self.groups, self.plan.chunk_len, self.plan.chunks,
-        )  # fmt: skip
+        self.sizes = self.seqlen, self.dim, self.dstate, self.groups, self.plan.chunk_len, self.plan.chunks
         self.meta = {"N": self.plan.states, "BLOCK_E": BLOCK_E, "num_warps": 1, "num_stages": 1}
-        self.flags = {
-            "HAS_BIAS": delta_bias is not None, "SOFTPLUS": delta_softplus, "REVERSE": reverse, "K": self.plan.tile,
-            **self.meta,
-        }  # fmt: skip
+        self.flags = {"SOFTPLUS": delta_softplus, "REVERSE": reverse, "K": self.plan.tile, **self.meta}
         # The gradient kernel holds three times the values per step: its states are spread over four warps.
         self.grad_flags = {**self.flags, "K": self.plan.grad_tile, "num_warps": 4}
 
     def empty(self, *shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=self.u.device)
+        return torch.empty(shape, dtype=torch.float32, device=self.device)
 
-    def states(self, enter: torch.Tensor | None, *, save: bool, local: bool) -> tuple[torch.Tensor, ...]:
-        """Run `scan_states`: (boundaries, local state, local dt), those not asked for empty."""
-        p = self.plan
-        tiles = math.ceil(self.seqlen / p.grad_tile)
-        boundaries = self.empty(self.batch, tiles, self.dstate, self.dim) if save else self.empty(0)
-        state = self.empty(self.batch, p.chunks, self.dstate, self.dim) if local else self.empty(0)
-        dt = self.empty(self.batch, p.chunks, self.dim) if local else self.empty(0)
+    def boundaries(self, enter: torch.Tensor | None) -> torch.Tensor:
+        """The state on entering each tile of the gradient kernel (B, tiles, N, E)."""
+        tile = self.plan.grad_tile
+        boundaries = self.empty(self.batch, math.ceil(self.seqlen / tile), self.dstate, self.dim)
         self.kernels.scan_states[self.grid](
-            self.u, self.delta, self.A, self.B, self.bias, enter, boundaries, state, dt,
-            *_strides(self.u, 2), *_strides(self.delta, 2), *_strides(self.B, 3), *self.sizes,
-            HAS_ENTER=enter is not None, SAVE=save, LOCAL=local, SAVE_TILE=p.grad_tile, **self.flags,
+            *self.u, *self.delta, self.A, *self.B, self.bias, enter, boundaries, None, None, *self.sizes,
+            SAVE_TILE=tile, **self.flags,
         )  # fmt: skip
-        return boundaries, state, dt
+        return boundaries
 
-    def combine(self, start, state, dt, *, backward: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run `scan_combine`: (state on entering each chunk, state after all)."""
+    def combine(self, start, state, dt, *, backward: bool) -> torch.Tensor:
+        """Run `scan_combine`: the state on entering each chunk (B, chunks, N, E)."""
         enter, leave = torch.empty_like(state), self.empty(self.batch, self.dstate, self.dim)
         self.kernels.scan_combine[(self.batch * math.ceil(self.dim / BLOCK_E),)](
-            self.A, start, state, dt, enter, leave, self.dim, self.dstate, self.plan.chunks,
-            HAS_START=start is not None, BACKWARD=backward, **self.meta,
-        )  # fmt: skip
-        return enter, leave
+            self.A, start, state, dt, enter, leave, *self.sizes, BACKWARD=backward, **self.meta
+        )
+        return enter
 
     def chunk_starts(self, start: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The state on entering each chunk (None for zeros), and the chunks' summed steps if there are several."""
-        if self.plan.chunks == 1:
+        chunks = self.plan.chunks
+        if chunks == 1:
             return start, None
-        _, state, dt = self.states(None, save=False, local=True)
-        return self.combine(start, state, dt, backward=False)[0], dt
+        state, dt = self.empty(self.batch, chunks, self.dstate, self.dim), self.empty(self.batch, chunks, self.dim)
+        self.kernels.scan_states[self.grid](
+            *self.u, *self.delta, self.A, *self.B, self.bias, None, None, state, dt, *self.sizes,
+            SAVE_TILE=1, **self.flags,
+        )  # fmt: skip
+        return self.combine(start, state, dt, backward=False), dt
+
+
+def _contiguous(t: torch.Tensor | None) -> torch.Tensor | None:
+    return None if t is None else t.contiguous()
 
 
 def forward(
@@ -151,25 +137,21 @@ def forward(
     """`selective_scan_ref` under the signature that backends share.
 
     Saved, and only when the sequence is cut in chunks: the state on entering each chunk and the chunk's summed step.
-    States inside a chunk are made again by `backward`: keeping them would cost more memory than all activations.
+    States inside a chunk are recomputed by `backward`: keeping them would cost more memory than all activations.
     """
     if u.numel() == 0:
         last = u.new_zeros(u.shape[0], u.shape[2], A.shape[1], dtype=torch.float32)
         last = last if initial_state is None else initial_state.float().clone()
         return (u.new_empty(u.shape) if out is None else out), last, []
     run = _Launch(u, delta, A, B, delta_bias, delta_softplus, reverse)
-    C, z = rows(C), rows(z)
     if out is None:
         out = torch.empty(u.shape, dtype=u.dtype, device=u.device)
-    addend = out if accumulate else None
     last_state = run.empty(run.batch, run.dstate, run.dim)
     with guard(u):
         enter, dt = run.chunk_starts(_state(initial_state))
         run.kernels.scan_forward[run.grid](
-            run.u, run.delta, run.A, run.B, C, _vector(D), z, delta_bias, enter, addend, out, last_state,
-            *_strides(run.u, 2), *_strides(run.delta, 2), *_strides(run.B, 3), *_strides(C, 3), *_strides(z, 2),
-            *_strides(addend, 2), *_strides(out, 2), *run.sizes, float(out_scale),
-            HAS_D=D is not None, HAS_Z=z is not None, HAS_ENTER=enter is not None, ADD=addend is not None, **run.flags,
+            *run.u, *run.delta, run.A, *run.B, *tokens(C), _contiguous(D), *tokens(z), delta_bias, enter,
+            *tokens(out if accumulate else None), *tokens(out), last_state, *run.sizes, float(out_scale), **run.flags,
         )  # fmt: skip
     saved = [enter, dt] if save and run.plan.chunks > 1 else []
     return out, last_state.transpose(1, 2).contiguous(), saved
@@ -193,8 +175,7 @@ def backward(
         return ScanGradients(*grads)
     run = _Launch(u, delta, A, B, delta_bias, delta_softplus, reverse)
     p, (batch, seqlen, dim), (dstate, groups) = run.plan, u.shape, (run.dstate, run.groups)
-    C, z, dout, D_in = rows(C), rows(z), rows(dout), _vector(D)
-    c_strides, z_strides, dout_strides = _strides(C, 3), _strides(z, 2), _strides(dout, 2)
+    of_C, of_z, of_dout = tokens(C), tokens(z), tokens(dout)
     du, ddelta = (torch.empty(u.shape, dtype=t.dtype, device=u.device) for t in (u, delta))
     dz = torch.empty(u.shape, dtype=z.dtype, device=u.device) if z is not None and out.z is None else out.z
     dA, dstart = run.empty(batch * p.chunks, dstate, dim), run.empty(batch, dstate, dim)
@@ -203,22 +184,17 @@ def backward(
     with guard(u):
         start, incoming = _state(initial_state), _state(dlast_state)
         enter, dt = saved if saved else run.chunk_starts(start)
-        boundaries, _, _ = run.states(enter, save=True, local=False)
+        boundaries = run.boundaries(enter)
         if p.chunks > 1:
             local = run.empty(batch, p.chunks, dstate, dim)
             run.kernels.scan_grad_states[run.grid](
-                dout, run.delta, run.A, C, z, delta_bias, local,
-                *dout_strides, *_strides(run.delta, 2), *c_strides, *z_strides, *run.sizes, float(out_scale),
-                HAS_Z=z is not None, **run.flags,
+                *of_dout, *run.delta, run.A, *of_C, *of_z, delta_bias, local, *run.sizes, float(out_scale), **run.flags,
             )  # fmt: skip
-            incoming, _ = run.combine(incoming, local, dt, backward=True)
+            incoming = run.combine(incoming, local, dt, backward=True)
         run.kernels.scan_backward[run.grid](
-            dout, run.u, run.delta, run.A, run.B, C, D_in, z, delta_bias, boundaries, incoming,
-            du, ddelta, dz, dA, dB, dC, dD, dbias, dstart,
-            *dout_strides, *_strides(run.u, 2), *_strides(run.delta, 2), *_strides(run.B, 3), *c_strides, *z_strides,
-            *_strides(dz, 2), batch, *run.sizes, float(out_scale),
-            HAS_D=D is not None, HAS_Z=z is not None, ADD_DZ=accumulate, HAS_ENTER=incoming is not None,
-            **run.grad_flags,
+            *of_dout, *run.u, *run.delta, run.A, *run.B, *of_C, _contiguous(D), *of_z, delta_bias, boundaries, incoming,
+            du, ddelta, *tokens(dz), dA, dB, dC, dD, dbias, dstart, batch, *run.sizes, float(out_scale),
+            ADD_DZ=accumulate, **run.grad_flags,
         )  # fmt: skip
     grads = (
         du, ddelta, dA.sum(0).t(), dB.sum(0), dC.sum(0), dD.sum(0), dz, dbias.sum(0), dstart.transpose(1, 2),

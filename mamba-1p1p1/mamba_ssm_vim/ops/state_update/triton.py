@@ -31,7 +31,6 @@ def forward(state, x, dt, A, B, C, D, z, dt_bias, *, dt_softplus) -> torch.Tenso
     with triton_runtime.guard(x):
         state_update[(batch, -(-channels // block))](
             state, x, dt, A, B, C, D, z, dt_bias, out, channels, dstate, B.shape[1] if B.dim() == 3 else 1,
-            HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=dt_bias is not None, SOFTPLUS=dt_softplus,
-            N=states, BLOCK_E=block, num_warps=4,
+            SOFTPLUS=dt_softplus, N=states, BLOCK_E=block, num_warps=4,
         )  # fmt: skip
     return out
