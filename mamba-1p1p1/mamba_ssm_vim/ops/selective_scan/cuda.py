@@ -12,7 +12,7 @@ from mamba_ssm_vim.ops.selective_scan.reference import ScanGradients
 
 MAX_STATES = 64
 TILE = 16  # tokens between two saved states (kTile in scan.h)
-WARPS = 6  # of a block of the backward scan (kBackwardWarps in scan.h)
+BACKWARD_BLOCKS = 2  # of the backward scan that a multiprocessor holds (kBackwardBlocks in scan.h)
 
 library = CudaLibrary(
     mamba_ssm_vim.__path__,
@@ -119,6 +119,18 @@ def chunk_tiles(warps: int, seqlen: int, multiprocessors: int) -> int:
     return max(8, math.ceil(math.ceil(seqlen / TILE) / wanted))
 
 
+def backward_chunk_tiles(blocks: int, seqlen: int, multiprocessors: int) -> int:
+    """Tiles of 16 tokens per chunk of the backward scan, 0 if one block walks the whole sequence.
+
+    Cutting adds a pass over the adjoint, a third of the work. It pays where a chip holds at least twice the `blocks` of
+    the uncut grid; there are then as many chunks as fill it once, each of 128 tokens or more.
+    """
+    chunks = BACKWARD_BLOCKS * multiprocessors // blocks
+    if chunks < 2 or seqlen < 512:
+        return 0
+    return max(8, math.ceil(math.ceil(seqlen / TILE) / chunks))
+
+
 def fill_side(
     side: ScanSide, u, delta, A, B, C, D, delta_bias, initial_state, last_state, boundaries, *, reverse: bool
 ) -> list[torch.Tensor | None]:
@@ -215,8 +227,8 @@ def launch_backward(
     batch, seqlen, dim = u.shape
     dstate, groups, count = A.shape[1], B.shape[2], len(sides)
     if cut is None:
-        blocks = library.query("vim_scan_backward_blocks", dim, dstate, groups)
-        cut = chunk_tiles(batch * blocks * WARPS * count, seqlen, multiprocessors(u.device))
+        blocks = batch * count * library.query("vim_scan_backward_blocks", dim, dstate, groups)
+        cut = backward_chunk_tiles(blocks, seqlen, multiprocessors(u.device))
     args = ScanBackwardArgs()
     alive: list[torch.Tensor | None] = [plain(dlast_state)]
     args.side[0].dlast_state = address(alive[0])

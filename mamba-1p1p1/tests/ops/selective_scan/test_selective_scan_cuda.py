@@ -100,6 +100,7 @@ def test_long_sequences_are_cut_in_time(emulated, reverse, dim, monkeypatch):
     expected, expected_last, _ = reference.forward(*wide(tensors), **flags)
     whole = emulated.forward(*tensors, **flags, save=True)
     monkeypatch.setattr(emulated, "chunk_tiles", lambda *sizes: 2)
+    monkeypatch.setattr(emulated, "backward_chunk_tiles", lambda *sizes: 3)
     out, last, saved = emulated.forward(*tensors, **flags, save=True)
     close(out, expected)
     close(last, expected_last)
@@ -217,6 +218,10 @@ def test_cutting_in_time_is_for_idle_chips():
     assert cuda.chunk_tiles(32 * 12 * 4, 6085, 132) == 0  # 1248 pixels, batch 32, both directions
     tiles = cuda.chunk_tiles(12 * 4, 6085, 132)
     assert 8 <= tiles <= 381 // 4
+    # Backward, 8 blocks of channels in both directions: batch 32 fills the chip, 8, 2 and 1 do with 2, 8 and 16 chunks.
+    wanted = {32: 0, 8: 191, 2: 48, 1: 24}
+    assert {batch: cuda.backward_chunk_tiles(batch * 8 * 2, 6085, 132) for batch in wanted} == wanted
+    assert cuda.backward_chunk_tiles(8 * 2, 197, 132) == 0
 
 
 def test_declines_what_it_cannot_do(monkeypatch):
