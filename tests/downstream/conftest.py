@@ -2,10 +2,12 @@
 them every test here fails and says so, rather than being skipped."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 
@@ -33,7 +35,7 @@ def _stack():
 
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory) -> Path:
-    """The made-up data set, in the layouts of ADE20K and COCO."""
+    """The synthetic data set, in the layouts of ADE20K and COCO."""
     folder = tmp_path_factory.mktemp("shapes")
     subprocess.run([sys.executable, ROOT / "scripts" / "make_shapes.py", folder], check=True, timeout=120)
     return folder
@@ -62,10 +64,10 @@ def published(tmp_path_factory):
 @pytest.fixture(scope="session")
 def run_tool():
     """A function: path under the repository and arguments → the completed process."""
+    forked.preload("vim.dense.register", "mmdet.models", "mmseg.models")
 
     def run(script: str, *argv: object, timeout: float = 1500) -> subprocess.CompletedProcess:
-        command = [sys.executable, str(ROOT / script), *map(str, argv)]
-        return subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=timeout, check=False)
+        return forked.run(ROOT / script, *argv, cwd=ROOT, env=os.environ, timeout=timeout)
 
     return run
 

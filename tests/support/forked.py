@@ -20,7 +20,15 @@ from pathlib import Path
 PRELOAD = ["vim.engine.run", "vim.engine.trackers", "torch.distributed.tensor", "torch.utils.tensorboard"]
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(PRELOAD)
+
+
+def preload(*modules: str) -> None:
+    """Import these too before the first command."""
+    PRELOAD.extend(modules)
+    _context.set_forkserver_preload(PRELOAD)
+
+
+preload()
 
 
 def _run(command: Sequence[str], cwd: str, env: Mapping[str, str], out: str, err: str) -> None:
