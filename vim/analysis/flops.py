@@ -90,9 +90,9 @@ def flop_terms(model: VisionMamba) -> dict[str, int]:
     tokens = patches + model.num_prefix_tokens
     inner, states, rank = mixer.d_inner, mixer.d_state, mixer.dt_rank
     area = model.patch_embed.patch_size[0] * model.patch_embed.patch_size[1]
-    # "v1" scans one convolved input twice, and in this count of separate operators it is convolved and projected twice.
-    directions = 1 if mixer.bimamba_type == "none" else 2
-    per_direction = depth * directions
+    # "v1" scans one convolved input both ways.
+    scans = depth * (1 if mixer.bimamba_type == "none" else 2)
+    per_direction = depth * (2 if mixer.bimamba_type == "v2" else 1)
     heads = tokens if model.global_pool in ("", "max") else 1
     return {
         "patch_embed": 2 * patches * dim * model.in_chans * area,
@@ -100,7 +100,7 @@ def flop_terms(model: VisionMamba) -> dict[str, int]:
         "conv1d": per_direction * conv_flops(1, tokens, inner, mixer.d_conv),
         "x_proj": per_direction * 2 * tokens * inner * (rank + 2 * states),
         "dt_proj": per_direction * 2 * tokens * rank * inner,
-        "scan": per_direction * scan_flops(1, tokens, inner, states),
+        "scan": scans * scan_flops(1, tokens, inner, states),
         "out_proj": depth * 2 * tokens * inner * dim,
         "head": heads * 2 * dim * model.num_classes,
     }

@@ -8,13 +8,22 @@ from typing import Any, Final
 import torch
 import torch.nn.functional as F
 from mamba_ssm_vim import Mamba, RMSNorm, add_norm
+from mamba_ssm_vim.modules.plain import is_plain
 from timm.layers import DropPath
 from timm.models import register_notrace_function, register_notrace_module
 from torch import nn
 
 from vim.models.layout import TokenLayout
 from vim.models.mixers import GridMixer
-from vim.models.watching import operators_are_watched
+
+
+@register_notrace_function
+def stream_dtype(hidden: torch.Tensor, residual: torch.Tensor | None, residual_in_fp32: bool) -> torch.dtype:
+    """Type of the residual stream after `hidden` is added to it."""
+    dtype = hidden.dtype if residual is None else residual.dtype
+    if residual_in_fp32:
+        dtype = torch.promote_types(dtype, torch.float32)
+    return dtype
 
 
 @register_notrace_function
@@ -36,14 +45,26 @@ def residual_norm(
         rms: RMSNorm, else LayerNorm.
         residual_in_fp32: the stream is float32 (float64 in a model of that type), else of hidden's type.
     """
-    dtype = hidden.dtype if residual is None else residual.dtype
-    if residual_in_fp32:
-        dtype = torch.promote_types(dtype, torch.float32)
-    if torch.jit.is_scripting() or operators_are_watched(hidden):
+    dtype = stream_dtype(hidden, residual, residual_in_fp32)
+    if torch.jit.is_scripting():
         normed = torch.ops.vision_mamba.add_norm(hidden, residual, weight, bias, eps, rms, dtype)
         return normed[0], normed[1]
     else:
         return add_norm(hidden, residual, weight, bias, eps=eps, rms=rms, residual_dtype=dtype)
+
+
+def apply_norm(
+    norm: nn.Module, hidden: torch.Tensor, residual: torch.Tensor | None, residual_in_fp32: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`residual_norm` with a module, which is called if it is more than its parameters (see `is_plain`)."""
+    if is_plain(norm):
+        rms = isinstance(norm, RMSNorm)
+        return residual_norm(hidden, residual, norm.weight, norm.bias, norm.eps, rms, residual_in_fp32)
+    stream = hidden.to(stream_dtype(hidden, residual, residual_in_fp32))
+    if residual is not None:
+        stream = stream + residual
+    own = next(norm.parameters(), stream)
+    return norm(stream.to(own.dtype)).to(hidden.dtype), stream
 
 
 class MixerBlock(nn.Module):
@@ -76,36 +97,10 @@ class MixerBlock(nn.Module):
         """The mixer's output (B, L, D) for normalised tokens (B, L, D)."""
         if self.follows_grid:
             return self.mixer(hidden, layout)
-        elif torch.jit.is_scripting() or operators_are_watched(hidden):
-            return self._mixer_of_operators(hidden)
+        elif torch.jit.is_scripting():
+            return self.mixer.forward_of_weights(hidden)
         else:
             return self.mixer(hidden)
-
-    def _mixer_of_operators(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`Mamba.forward` from registered operators only."""
-        m = self.mixer
-        x, z = m.in_proj(hidden).chunk(2, dim=-1)
-        out = _scripted_direction(
-            x, z, m.conv1d.weight, m.conv1d.bias, m.x_proj.weight, m.dt_proj.weight, m.dt_proj.bias,
-            m.A_log, m.D, [False],
-        )  # fmt: skip
-        if hasattr(m, "conv1d_b"):
-            out = out + _scripted_direction(
-                x, z, m.conv1d_b.weight, m.conv1d_b.bias, m.x_proj_b.weight, m.dt_proj_b.weight, m.dt_proj_b.bias,
-                m.A_b_log, m.D_b, [True],
-            )  # fmt: skip
-            if m.if_divide_out:
-                out = out * 0.5
-        elif hasattr(m, "A_b_log"):
-            # "v1": the forward convolution and projections, scanned backwards with a transition of its own.
-            out = out + _scripted_direction(
-                x, z, m.conv1d.weight, m.conv1d.bias, m.x_proj.weight, m.dt_proj.weight, m.dt_proj.bias,
-                m.A_b_log, m.D, [False, True],
-            )  # fmt: skip
-        out = F.linear(out, m.out_proj.weight, m.out_proj.bias)
-        if hasattr(m, "gamma"):
-            out = out * m.gamma
-        return out
 
 
 @register_notrace_module
@@ -125,9 +120,12 @@ class Block(MixerBlock):
         """
         if residual is not None:
             hidden = self.drop_path(hidden)
-        hidden, stream = residual_norm(
-            hidden, residual, self.norm.weight, self.norm.bias, self.norm.eps, self.rms, self.residual_in_fp32
-        )
+        if torch.jit.is_scripting():
+            hidden, stream = residual_norm(
+                hidden, residual, self.norm.weight, self.norm.bias, self.norm.eps, self.rms, self.residual_in_fp32
+            )
+        else:
+            hidden, stream = apply_norm(self.norm, hidden, residual, self.residual_in_fp32)
         return self.mix(hidden, layout), stream
 
 
@@ -162,35 +160,17 @@ class MlpBlock(MixerBlock):
         self, hidden: torch.Tensor, residual: torch.Tensor | None = None, layout: TokenLayout | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """hidden (B, L, D) and residual (B, L, D) or None → the same pair after this block."""
-        hidden, stream = residual_norm(
-            hidden, residual, self.norm1.weight, self.norm1.bias, self.norm1.eps, self.rms, self.residual_in_fp32
-        )
-        hidden, stream = residual_norm(
-            self.drop_path(self.mix(hidden, layout)), stream, self.norm2.weight, self.norm2.bias, self.norm2.eps,
-            self.rms, self.residual_in_fp32,
-        )  # fmt: skip
+        if torch.jit.is_scripting():
+            hidden, stream = residual_norm(
+                hidden, residual, self.norm1.weight, self.norm1.bias, self.norm1.eps, self.rms, self.residual_in_fp32
+            )
+        else:
+            hidden, stream = apply_norm(self.norm1, hidden, residual, self.residual_in_fp32)
+        hidden = self.drop_path(self.mix(hidden, layout))
+        if torch.jit.is_scripting():
+            hidden, stream = residual_norm(
+                hidden, stream, self.norm2.weight, self.norm2.bias, self.norm2.eps, self.rms, self.residual_in_fp32
+            )
+        else:
+            hidden, stream = apply_norm(self.norm2, hidden, stream, self.residual_in_fp32)
         return self.drop_path(self.mlp(hidden)), stream
-
-
-def _scripted_direction(
-    x: torch.Tensor,
-    z: torch.Tensor,
-    conv_weight: torch.Tensor,
-    conv_bias: torch.Tensor | None,
-    x_proj_weight: torch.Tensor,
-    dt_proj_weight: torch.Tensor,
-    dt_bias: torch.Tensor,
-    A_log: torch.Tensor,
-    D: torch.Tensor,
-    reverse: list[bool],
-) -> torch.Tensor:
-    """Gated scan of the convolved x (B, L, E); `reverse` holds the direction of the convolution, then the scan's."""
-    x = torch.ops.vision_mamba.causal_conv1d(x, conv_weight.squeeze(1), conv_bias, None, True, reverse[0])
-    rank, states = dt_proj_weight.shape[1], A_log.shape[1]
-    dt, B, C = F.linear(x, x_proj_weight.to(x.dtype)).split([rank, states, states], dim=-1)
-    delta = F.linear(dt, dt_proj_weight.to(x.dtype))
-    scanned = torch.ops.vision_mamba.selective_scan(
-        x, delta, -torch.exp(A_log.float()), B.unsqueeze(2), C.unsqueeze(2), D.float(), z, dt_bias.float(), None, True,
-        reverse[-1],
-    )  # fmt: skip
-    return scanned[0]

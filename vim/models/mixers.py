@@ -7,15 +7,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from causal_conv1d_vim import causal_conv1d
 from mamba_ssm_vim import Mamba
 from mamba_ssm_vim.ops.mixer import mixer
-from mamba_ssm_vim.ops.selective_scan import selective_scan
+from mamba_ssm_vim.ops.mixer.reference import convolve, fields_of, mix_direction, scan, select, transition
 from timm.models import register_notrace_module
 from torch import nn
 
 from vim.models.layout import TokenLayout, join_tokens, split_tokens
-from vim.models.watching import operators_are_watched
 
 
 class GridMixer(Mamba):
@@ -40,7 +38,7 @@ def scan_direction(
     x_proj_weight: torch.Tensor,
     dt_proj_weight: torch.Tensor,
     dt_bias: torch.Tensor,
-    A_log: torch.Tensor,
+    A: torch.Tensor,
     D: torch.Tensor,
     reverse: bool,
     group: int,
@@ -51,10 +49,7 @@ def scan_direction(
 
     Args:
         x: (B, L, E).
-        conv_weight: (E, 1, W); conv_bias: (E,) or None.
-        x_proj_weight: (R + 2N, E); dt_proj_weight: (E, R); dt_bias: (E,).
-        A_log: (E, N); D: (E,).
-        reverse: convolve and scan from the last token to the first.
+        conv_weight, ..., reverse: the fields of `Direction`.
         group: consecutive tokens that are pooled into one; 1 scans every token.
         pool: "mean" or "max".
         pool_scale: factor of a mean.
@@ -62,33 +57,18 @@ def scan_direction(
     Returns:
         (B, L, E) in x's dtype: the scan's output, repeated for each token of its group, and D times the token.
     """
-    rank, states = dt_proj_weight.shape[1], A_log.shape[1]
-    A, delta_bias, skip = -torch.exp(A_log.float()), dt_bias.float(), D.float()
-    watched = torch.jit.is_scripting() or operators_are_watched(x)
-    if torch.jit.is_scripting() or watched:
-        u = torch.ops.vision_mamba.causal_conv1d(x, conv_weight.squeeze(1), conv_bias, None, True, reverse)
-    else:
-        u = causal_conv1d(x, conv_weight.squeeze(1), conv_bias, activation="silu", reverse=reverse)
+    u = convolve(x, conv_weight, conv_bias, reverse)
     pooled = u
     if group > 1:
         pooled = pool_groups(u, group, pool)
         if pool == "mean" and pool_scale != 1.0:
             pooled = pooled * pool_scale
-    dt, B, C = F.linear(pooled, x_proj_weight.to(x.dtype)).split([rank, states, states], dim=-1)
-    delta, B, C = F.linear(dt, dt_proj_weight.to(x.dtype)), B.unsqueeze(2), C.unsqueeze(2)
-    own_skip = skip if group == 1 else None
-    if torch.jit.is_scripting() or watched:
-        scanned = torch.ops.vision_mamba.selective_scan(
-            pooled, delta, A, B, C, own_skip, None, delta_bias, None, True, reverse
-        )[0]
-    else:
-        scanned = selective_scan(
-            pooled, delta, A, B, C, own_skip, None, delta_bias, delta_softplus=True, reverse=reverse
-        )
+    delta, B, C = select(pooled, x_proj_weight, dt_proj_weight, A)
+    scanned = scan(pooled, delta, A, B, C, D if group == 1 else None, None, dt_bias, True, reverse)
     if group == 1:
         return scanned
     repeated = scanned.unsqueeze(2).expand(-1, -1, group, -1).flatten(1, 2)
-    return (repeated + skip * u).to(x.dtype)
+    return (repeated + D * u).to(x.dtype)
 
 
 @register_notrace_module
@@ -138,14 +118,20 @@ class PooledMamba(GridMixer):
             hidden = transpose_grid(hidden, (rows, columns))
         x, z = self.in_proj(hidden).chunk(2, dim=-1)
         group = (rows if transposed else columns) if pooled else 1
-        forward = scan_direction(
-            x, self.conv1d.weight, self.conv1d.bias, self.x_proj.weight, self.dt_proj.weight, self.dt_proj.bias,
-            self.A_log, self.D, False, group, self.pool, self.pool_scale,
-        )  # fmt: skip
-        backward = scan_direction(
-            x, self.conv1d_b.weight, self.conv1d_b.bias, self.x_proj_b.weight, self.dt_proj_b.weight,
-            self.dt_proj_b.bias, self.A_b_log, self.D_b, True, group, self.pool, self.pool_scale,
-        )  # fmt: skip
+        if torch.jit.is_scripting():
+            forward = scan_direction(
+                x, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.x_proj.weight, self.dt_proj.weight,
+                self.dt_proj.bias, transition(self.A_log), self.D, False, group, self.pool, self.pool_scale,
+            )  # fmt: skip
+            backward = scan_direction(
+                x, self.conv1d_b.weight.squeeze(1), self.conv1d_b.bias, self.x_proj_b.weight, self.dt_proj_b.weight,
+                self.dt_proj_b.bias, transition(self.A_b_log), self.D_b, True, group, self.pool, self.pool_scale,
+            )  # fmt: skip
+        else:
+            forward, backward = (
+                scan_direction(x, *fields_of(direction), group, self.pool, self.pool_scale)
+                for direction in self.directions()
+            )
         out = self.layernorm((forward + backward) * 0.5).to(z.dtype) * F.silu(z)
         out = self.out_proj(out)
         if transposed:
@@ -185,8 +171,8 @@ class CrossMamba(GridMixer):
         by_columns = TokenLayout((grid[1], grid[0]), 1, kept)
         xz = self.in_proj(hidden)
         xz_columns = _other_order(xz, by_rows)
-        if torch.jit.is_scripting() or operators_are_watched(hidden):
-            out = self._scans_of_operators(xz, xz_columns, by_columns)
+        if torch.jit.is_scripting():
+            out = self._scripted_rows(xz) + _other_order(self._scripted_columns(xz_columns), by_columns)
         else:
             rows = mixer(xz, [self._direction(""), self._direction("_b")], scale=0.25)
             columns = mixer(xz_columns, [self._direction("_c"), self._direction("_c_b")], scale=0.25)
@@ -194,25 +180,29 @@ class CrossMamba(GridMixer):
         out = self.out_proj(out)
         return out * self.gamma if hasattr(self, "gamma") else out
 
-    def _scans_of_operators(self, xz: torch.Tensor, xz_columns: torch.Tensor, by_columns: TokenLayout) -> torch.Tensor:
-        """The four scans from registered operators only."""
+    def _scripted_rows(self, xz: torch.Tensor) -> torch.Tensor:
         x, z = xz.chunk(2, dim=-1)
-        xc = xz_columns.chunk(2, dim=-1)[0]
-        rows = scan_direction(
-            x, self.conv1d.weight, self.conv1d.bias, self.x_proj.weight, self.dt_proj.weight, self.dt_proj.bias,
-            self.A_log, self.D, False, 1, "none", 1.0,
-        ) + scan_direction(
-            x, self.conv1d_b.weight, self.conv1d_b.bias, self.x_proj_b.weight, self.dt_proj_b.weight,
-            self.dt_proj_b.bias, self.A_b_log, self.D_b, True, 1, "none", 1.0,
+        return 0.25 * (
+            mix_direction(
+                x, z, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.x_proj.weight, self.dt_proj.weight,
+                self.dt_proj.bias, transition(self.A_log), self.D, False,
+            ) + mix_direction(
+                x, z, self.conv1d_b.weight.squeeze(1), self.conv1d_b.bias, self.x_proj_b.weight, self.dt_proj_b.weight,
+                self.dt_proj_b.bias, transition(self.A_b_log), self.D_b, True,
+            )
         )  # fmt: skip
-        columns = scan_direction(
-            xc, self.conv1d_c.weight, self.conv1d_c.bias, self.x_proj_c.weight, self.dt_proj_c.weight,
-            self.dt_proj_c.bias, self.A_c_log, self.D_c, False, 1, "none", 1.0,
-        ) + scan_direction(
-            xc, self.conv1d_c_b.weight, self.conv1d_c_b.bias, self.x_proj_c_b.weight, self.dt_proj_c_b.weight,
-            self.dt_proj_c_b.bias, self.A_c_b_log, self.D_c_b, True, 1, "none", 1.0,
+
+    def _scripted_columns(self, xz: torch.Tensor) -> torch.Tensor:
+        x, z = xz.chunk(2, dim=-1)
+        return 0.25 * (
+            mix_direction(
+                x, z, self.conv1d_c.weight.squeeze(1), self.conv1d_c.bias, self.x_proj_c.weight, self.dt_proj_c.weight,
+                self.dt_proj_c.bias, transition(self.A_c_log), self.D_c, False,
+            ) + mix_direction(
+                x, z, self.conv1d_c_b.weight.squeeze(1), self.conv1d_c_b.bias, self.x_proj_c_b.weight,
+                self.dt_proj_c_b.weight, self.dt_proj_c_b.bias, transition(self.A_c_b_log), self.D_c_b, True,
+            )
         )  # fmt: skip
-        return (rows + _other_order(columns, by_columns)) * 0.25 * F.silu(z)
 
 
 def _other_order(tokens: torch.Tensor, layout: TokenLayout) -> torch.Tensor:

@@ -21,7 +21,7 @@ from vim.models.checkpoint import checkpoint_filter_fn
 from vim.models.checks import check_arguments, checked_indices
 from vim.models.contract import TimmContract
 from vim.models.initialisation import init_videomamba, init_vim
-from vim.models.layers import Block, MlpBlock, SwiGLU, residual_norm
+from vim.models.layers import Block, MlpBlock, SwiGLU, apply_norm, residual_norm
 from vim.models.layout import TokenLayout, special_positions, split_tokens, to_map, token_layout
 from vim.models.mixers import build_mixer
 from vim.models.patch_embed import PatchEmbed
@@ -338,11 +338,13 @@ class VisionMamba(TimmContract):
         hidden = self.drop_path(hidden)
         if self.norm_f is None:
             return hidden + residual
-        else:
+        elif torch.jit.is_scripting():
             return residual_norm(
                 hidden, residual, self.norm_f.weight, self.norm_f.bias, self.norm_f.eps, self.rms_norm,
                 self.residual_in_fp32,
             )[0]  # fmt: skip
+        else:
+            return apply_norm(self.norm_f, hidden, residual, self.residual_in_fp32)[0]
 
     def _features(
         self, x: torch.Tensor, random_position: bool = False, random_rank: bool = False

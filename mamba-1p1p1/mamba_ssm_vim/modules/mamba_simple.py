@@ -3,11 +3,12 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from causal_conv1d_vim import causal_conv1d_update
 from torch import nn
 
+from mamba_ssm_vim.modules.plain import is_plain
 from mamba_ssm_vim.ops.mixer import Direction, mixer
+from mamba_ssm_vim.ops.mixer.reference import convolve, mix_direction, projections_in_own_dtype, select, transition
 from mamba_ssm_vim.ops.selective_scan import selective_scan
 from mamba_ssm_vim.utils.generation import InferenceParams
 
@@ -129,14 +130,15 @@ class Mamba(nn.Module):
         dt_proj.bias._no_reinit = True
 
     def _direction(self, suffix: str) -> Direction:
-        conv, dt_proj = getattr(self, f"conv1d{suffix}"), getattr(self, f"dt_proj{suffix}")
+        conv, x_proj, dt_proj = (getattr(self, f"{name}{suffix}") for name in ("conv1d", "x_proj", "dt_proj"))
+        own_conv, own_step = is_plain(conv), is_plain(dt_proj) and dt_proj.bias is not None
         return Direction(
-            conv_weight=conv.weight.squeeze(1),
-            conv_bias=conv.bias,
-            x_proj_weight=getattr(self, f"x_proj{suffix}").weight,
-            dt_proj_weight=dt_proj.weight,
-            dt_bias=dt_proj.bias.float(),
-            A=-torch.exp(getattr(self, f"A{suffix}_log").float()),
+            conv_weight=conv.weight.squeeze(1) if own_conv else conv,
+            conv_bias=conv.bias if own_conv else None,
+            x_proj_weight=x_proj.weight if is_plain(x_proj) and x_proj.bias is None else x_proj,
+            dt_proj_weight=dt_proj.weight if own_step else dt_proj,
+            dt_bias=dt_proj.bias.float() if own_step else None,
+            A=transition(getattr(self, f"A{suffix}_log")),
             D=getattr(self, f"D{suffix}").float(),
             reverse=suffix.endswith("_b"),
         )
@@ -147,10 +149,10 @@ class Mamba(nn.Module):
         if self.bimamba_type == "v2":
             return [forward, self._direction("_b")]
         if self.bimamba_type == "v1":
-            forward.A_back = -torch.exp(self.A_b_log.float())
+            forward.A_back = transition(self.A_b_log)
         return [forward]
 
-    @torch.jit.unused  # TorchScript takes the registered operators instead (vim.models.layers.Block)
+    @torch.jit.unused  # TorchScript takes `forward_of_weights`
     def forward(self, hidden_states: torch.Tensor, inference_params: InferenceParams | None = None) -> torch.Tensor:
         """(B, L, D) → (B, L, D).
 
@@ -166,12 +168,30 @@ class Mamba(nn.Module):
             )
             return self.step(hidden_states, *states)[0]
         scale = 0.5 if self.bimamba_type == "v2" and self.if_divide_out else 1.0
-        out = F.linear(
-            mixer(self.in_proj(hidden_states), self.directions(), scale=scale),
-            self.out_proj.weight,
-            self.out_proj.bias,
-        )
-        return out if self.init_layer_scale is None else out * self.gamma
+        return self._project_out(mixer(self.in_proj(hidden_states), self.directions(), scale=scale))
+
+    def _project_out(self, mixed: torch.Tensor) -> torch.Tensor:
+        out = self.out_proj(mixed)
+        return out * self.gamma if hasattr(self, "gamma") else out
+
+    def forward_of_weights(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`forward` for TorchScript, which knows no modules as values: always from the submodules' weights."""
+        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
+        A_back: torch.Tensor | None = None
+        if hasattr(self, "A_b_log") and not hasattr(self, "conv1d_b"):  # "v1"
+            A_back = transition(self.A_b_log)
+        out = mix_direction(
+            x, z, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.x_proj.weight, self.dt_proj.weight,
+            self.dt_proj.bias, transition(self.A_log), self.D, False, A_back,
+        )  # fmt: skip
+        if hasattr(self, "conv1d_b"):  # "v2"
+            out = out + mix_direction(
+                x, z, self.conv1d_b.weight.squeeze(1), self.conv1d_b.bias, self.x_proj_b.weight, self.dt_proj_b.weight,
+                self.dt_proj_b.bias, transition(self.A_b_log), self.D_b, True,
+            )  # fmt: skip
+            if self.if_divide_out:
+                out = out * 0.5
+        return self._project_out(out)
 
     def step(
         self, hidden_states: torch.Tensor, conv_state: torch.Tensor, ssm_state: torch.Tensor
@@ -192,19 +212,26 @@ class Mamba(nn.Module):
         self._require_one_direction()
         p = self._direction("")
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
-        # In the dtype of in_proj's output whatever autocast says, as in the mixer.
-        with torch.autocast(x.device.type, enabled=False):
-            x = causal_conv1d_update(x.transpose(1, 2), conv_state, p.conv_weight, p.conv_bias, "silu").transpose(1, 2)
-            projected = F.linear(x, p.x_proj_weight.to(x.dtype))
-            low_rank, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        with projections_in_own_dtype(x, [p]):
+            x = self._convolve_step(x, conv_state, p)
+            delta, B, C = select(x, p.x_proj_weight, p.dt_proj_weight, p.A)
             y, last_state = selective_scan(
-                x, F.linear(low_rank, p.dt_proj_weight.to(x.dtype)), p.A, B.unsqueeze(2), C.unsqueeze(2), p.D, z,
-                p.dt_bias, delta_softplus=True, initial_state=ssm_state.detach().clone(), return_last_state=True,
+                x, delta, p.A, B, C, p.D, z, p.dt_bias, delta_softplus=True,
+                initial_state=ssm_state.detach().clone(), return_last_state=True,
             )  # fmt: skip
             with torch.no_grad():
                 ssm_state.copy_(last_state)
-        out = self.out_proj(y)
-        return out if self.init_layer_scale is None else out * self.gamma, conv_state, ssm_state
+        return self._project_out(y), conv_state, ssm_state
+
+    def _convolve_step(self, x: torch.Tensor, conv_state: torch.Tensor, p: Direction) -> torch.Tensor:
+        """`convolve` for tokens (B, L, E) after those in `conv_state`, which moves on."""
+        if isinstance(p.conv_weight, nn.Module):
+            window = torch.cat([conv_state.to(x.dtype).transpose(1, 2), x], dim=1)
+            with torch.no_grad():
+                conv_state.copy_(window[:, -self.d_conv :].transpose(1, 2))
+            return convolve(window, p.conv_weight, None, False)[:, -x.shape[1] :]
+        x = x.transpose(1, 2)
+        return causal_conv1d_update(x, conv_state, p.conv_weight, p.conv_bias, "silu").transpose(1, 2)
 
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs

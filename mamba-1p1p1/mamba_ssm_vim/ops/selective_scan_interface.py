@@ -5,8 +5,8 @@ Legend: B batch, D channels, L tokens, N states, G groups, R rank of the step, W
 
 import torch
 import torch.nn.functional as F
-from causal_conv1d_vim.conv import causal_conv1d
 
+from mamba_ssm_vim.ops.mixer.reference import complex_of, mix_direction
 from mamba_ssm_vim.ops.selective_scan import selective_scan
 from mamba_ssm_vim.ops.selective_scan import selective_scan_ref as token_major_scan_ref
 from mamba_ssm_vim.ops.selective_scan.op import check_arguments
@@ -272,12 +272,6 @@ def _check_scan(u, delta, A, B, C, z) -> None:
             )
 
 
-def _complex(t: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
-    """(..., 2L) of adjacent real and imaginary parts as (..., L) in A's dtype."""
-    parts = t.to(A.dtype.to_real()).unflatten(-1, (-1, 2))
-    return torch.complex(parts[..., 0], parts[..., 1])
-
-
 def _token_major(u, delta, A, B, C, D, z, delta_bias) -> tuple[_Optional, ...]:
     """The published arguments of a scan as those of `selective_scan`."""
 
@@ -291,7 +285,7 @@ def _token_major(u, delta, A, B, C, D, z, delta_bias) -> tuple[_Optional, ...]:
         if t.dim() == 3:
             t = t.unsqueeze(1)
         if A.is_complex():
-            t = _complex(t, A)
+            t = complex_of(t, A)
         return t.permute(0, 3, 1, 2).contiguous()
 
     return tokens(u), tokens(delta), A, projection(B), projection(C), D, tokens(z), delta_bias
@@ -314,24 +308,11 @@ def _inner(
     for name, t in (("B", B), ("C", C)):
         if t is not None and t.shape != A.shape:
             raise ValueError(f"{name} must be None or constant, (dim, dstate) = {tuple(A.shape)}, got {tuple(t.shape)}")
-
-    def variable(part, bias):
-        if bias is not None:
-            part = part + bias.to(part.dtype)
-        return (_complex(part, A) if A.is_complex() else part).unsqueeze(2)
-
     with torch.autocast(xz.device.type, enabled=False):
-        x = causal_conv1d(x, conv1d_weight.squeeze(1), conv1d_bias, activation="silu")
-        projected = F.linear(x, x_proj_weight.to(x.dtype))
-        delta = F.linear(projected[..., :rank], delta_proj_weight.to(x.dtype))
-        B = variable(projected[..., rank : rank + states], B_proj_bias) if B is None else B
-        C = variable(projected[..., -states:], C_proj_bias) if C is None else C
-        out = selective_scan(x, delta, A, B, C, D, z, delta_bias, delta_softplus=delta_softplus)
-        if A_b is not None:
-            out = out + selective_scan(
-                x, delta, A_b, B, C, D, z, delta_bias, delta_softplus=delta_softplus, reverse=True
-            )
-    return out
+        return mix_direction(
+            x, z, conv1d_weight.squeeze(1), conv1d_bias, x_proj_weight, delta_proj_weight, delta_bias, A, D, False, A_b,
+            B, C, B_proj_bias, C_proj_bias, delta_softplus,
+        )  # fmt: skip
 
 
 def _out_proj(y: torch.Tensor, weight: torch.Tensor, bias: _Optional) -> torch.Tensor:

@@ -16,7 +16,7 @@ from mamba_ssm_vim.ops.selective_scan import cpu as scan
 from mamba_ssm_vim.ops.selective_scan.reference import ScanGradients
 
 if TYPE_CHECKING:
-    from mamba_ssm_vim.ops.mixer.op import Direction
+    from mamba_ssm_vim.ops.mixer.reference import Direction
 
 
 def why_not(xz: torch.Tensor, directions: "list[Direction]") -> str | None:

@@ -3,61 +3,15 @@
 Legend: B batch, L tokens, E inner channels, N states, R rank of dt, W convolution width.
 """
 
-import dataclasses
-
 import torch
-import torch.nn.functional as F
-from causal_conv1d_vim.conv import causal_conv1d
 from causal_conv1d_vim.runtime.autodiff import dispatched, forbid_double_backward, recording
 from causal_conv1d_vim.runtime.backend import Backend
 from causal_conv1d_vim.runtime.operators import check
 from causal_conv1d_vim.runtime.registry import OpBackends
 
-from mamba_ssm_vim.ops.selective_scan import selective_scan
+from mamba_ssm_vim.ops.mixer.reference import FIELDS, Direction, calls_modules, mixer_ref, projections_in_own_dtype
 
 backends = OpBackends("mixer", "mamba_ssm_vim.ops.mixer")
-
-
-@dataclasses.dataclass
-class Direction:
-    """Parameters of one pass over the tokens.
-
-    Attributes:
-        conv_weight: (E, W).
-        conv_bias: (E,) or None.
-        x_proj_weight: (R + 2N, E); gives dt's low-rank input, B and C.
-        dt_proj_weight: (E, R).
-        dt_bias: (E,), added before softplus.
-        A: (E, N) float32, negative.
-        D: (E,) float32.
-        reverse: convolve and scan from the last token to the first.
-        A_back: (E, N) float32 or None; a second scan of the same convolved input in the opposite direction, with this
-            A and all else shared (the "v1" mixer of arXiv 2401.09417's code).
-    """
-
-    conv_weight: torch.Tensor
-    conv_bias: torch.Tensor | None
-    x_proj_weight: torch.Tensor
-    dt_proj_weight: torch.Tensor
-    dt_bias: torch.Tensor
-    A: torch.Tensor
-    D: torch.Tensor
-    reverse: bool = False
-    A_back: torch.Tensor | None = None
-
-
-def _one_direction(x: torch.Tensor, z: torch.Tensor, p: Direction) -> torch.Tensor:
-    rank, dstate = p.dt_proj_weight.shape[1], p.A.shape[1]
-    x = causal_conv1d(x, p.conv_weight, p.conv_bias, activation="silu", reverse=p.reverse)
-    dt, B, C = F.linear(x, p.x_proj_weight.to(x.dtype)).split([rank, dstate, dstate], dim=-1)
-    delta = F.linear(dt, p.dt_proj_weight.to(x.dtype))
-    B, C = B.unsqueeze(2), C.unsqueeze(2)
-    out = selective_scan(x, delta, p.A, B, C, p.D, z, p.dt_bias, delta_softplus=True, reverse=p.reverse)
-    if p.A_back is not None:
-        out = out + selective_scan(
-            x, delta, p.A_back, B, C, p.D, z, p.dt_bias, delta_softplus=True, reverse=not p.reverse
-        )
-    return out
 
 
 def _fused(xz: torch.Tensor, directions: list[Direction], tensors: list[torch.Tensor | None]) -> Backend | None:
@@ -65,11 +19,11 @@ def _fused(xz: torch.Tensor, directions: list[Direction], tensors: list[torch.Te
     return None if dispatched((xz,), tensors) else backends.fused(xz, directions)
 
 
-_FIELDS = tuple(field.name for field in dataclasses.fields(Direction) if field.name != "reverse")
+_TENSORS = tuple(name for name in FIELDS if name != "reverse")
 
 
 class _FusedMixer(torch.autograd.Function):
-    """A backend's fused mixer; the tensors of the directions are passed flat, in the order of `_FIELDS`."""
+    """A backend's fused mixer; the tensors of the directions are passed flat, in the order of `_TENSORS`."""
 
     @staticmethod
     def forward(ctx, module, xz, scale, reverses, *tensors):
@@ -83,22 +37,22 @@ class _FusedMixer(torch.autograd.Function):
     def backward(ctx, dout):
         forbid_double_backward("mixer")
         xz, *rest = ctx.saved_tensors
-        count = len(ctx.reverses) * len(_FIELDS)
+        count = len(ctx.reverses) * len(_TENSORS)
         directions = _FusedMixer._directions(ctx.reverses, rest[:count])
         dxz, grads = ctx.module.backward(dout, xz, directions, rest[count:], scale=ctx.scale)
         flat = [
             None if value is None or (grad := grads[i].get(name)) is None else grad.to(value.dtype)
             for i, direction in enumerate(directions)
-            for name in _FIELDS
+            for name in _TENSORS
             for value in (getattr(direction, name),)
         ]
         return None, dxz, None, None, *flat
 
     @staticmethod
     def _directions(reverses, tensors):
-        rows = (tensors[i : i + len(_FIELDS)] for i in range(0, len(tensors), len(_FIELDS)))
+        rows = (tensors[i : i + len(_TENSORS)] for i in range(0, len(tensors), len(_TENSORS)))
         return [
-            Direction(**dict(zip(_FIELDS, row, strict=True)), reverse=reverse)
+            Direction(**dict(zip(_TENSORS, row, strict=True)), reverse=reverse)
             for row, reverse in zip(rows, reverses, strict=True)
         ]
 
@@ -141,20 +95,16 @@ def mixer(xz: torch.Tensor, directions: list[Direction], *, scale: float = 1.0) 
     Raises:
         ValueError: shapes or types that do not fit, or tensors on different devices.
     """
+    if calls_modules(directions):
+        return mixer_ref(xz, directions, scale=scale)
     _check(xz, directions)
-    tensors = [getattr(direction, name) for direction in directions for name in _FIELDS]
+    tensors = [getattr(direction, name) for direction in directions for name in _TENSORS]
     if (module := _fused(xz, directions, tensors)) is not None:
-        with torch.autocast(xz.device.type, enabled=False):
+        with projections_in_own_dtype(xz, directions):
             if recording(xz, *tensors):
                 return _FusedMixer.apply(module, xz, scale, tuple(d.reverse for d in directions), *tensors)
             return module.forward(xz, directions, scale=scale, save=False)[0]
-    x, z = xz.chunk(2, dim=-1)
-    # The projections run in xz's dtype whatever autocast would choose for them, as a fused kernel does.
-    with torch.autocast(xz.device.type, enabled=False):
-        out = _one_direction(x, z, directions[0])
-        for direction in directions[1:]:
-            out = out + _one_direction(x, z, direction)
-    return out if scale == 1.0 else out * scale
+    return mixer_ref(xz, directions, scale=scale)
 
 
 def bimamba_inner(xz: torch.Tensor, forward: Direction, backward: Direction, *, divide: bool = True) -> torch.Tensor:
