@@ -8,18 +8,13 @@ import pytest
 import torch
 from causal_conv1d_vim.conv import cpu, reference
 from causal_conv1d_vim.runtime.cpu_library import INSTRUCTION_SETS
+from closeness import assert_close
 
 pytestmark = pytest.mark.skipif(cpu.library.reason is not None, reason=str(cpu.library.reason))
 
 # One rounding of the result to its dtype (2^-24, 2^-8, 2^-11 relative), and some float32 roundings of sums of order 1
 # to 10; weight gradients add some hundred terms.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
-
-
-def close(ours, exact, tolerance):
-    scale = exact.abs().max().clamp(min=1)
-    assert ours.dtype is not torch.float64
-    assert (ours.double() - exact).abs().max() <= tolerance * scale
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
@@ -44,13 +39,15 @@ def test_agrees_with_reference(batch, seqlen, dim, width, silu, bias, initial, r
     state = torch.randn(batch, width - 1, dim) if initial else None
     flags = {"silu": silu, "reverse": reverse}
     exact_in = [None if t is None else t.double() for t in (x, weight, b, state)]
-    close(cpu.forward(x, weight, b, state, **flags), reference.forward(*exact_in, **flags), TOLERANCE[dtype])
+    assert_close(
+        cpu.forward(x, weight, b, state, **flags), reference.forward(*exact_in, **flags), TOLERANCE[dtype], floor=1.0
+    )
     ours = cpu.backward(dout, x, weight, b, state, **flags)
     exact = reference.backward(dout.double(), *exact_in, **flags)
     for mine, theirs in zip(ours, exact, strict=True):
         assert (mine is None) == (theirs is None)
         if mine is not None and mine.numel():
-            close(mine, theirs, TOLERANCE[dtype])
+            assert_close(mine, theirs, TOLERANCE[dtype], floor=1.0)
 
 
 def test_same_bits_for_any_number_of_threads():
@@ -126,7 +123,7 @@ def test_channel_first(batch, seqlen, dim, width, silu, bias, initial, reverse, 
         for mine, theirs in zip(ours, exact, strict=True):
             assert (mine is None) == (theirs is None)
             if mine is not None and mine.numel():
-                close(mine, theirs, TOLERANCE[dtype])
+                assert_close(mine, theirs, TOLERANCE[dtype], floor=1.0)
 
 
 def test_channel_first_leaks_nothing_non_finite():

@@ -8,16 +8,12 @@ from causal_conv1d_vim.conv import reference
 from causal_conv1d_vim.conv import triton as backend
 from causal_conv1d_vim.conv.reference import ConvGradients
 from causal_conv1d_vim.runtime import triton as triton_runtime
+from closeness import assert_close
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(
     DEVICE == "cpu" and not triton_runtime.interpreting(), reason="test_triton_suite.py runs this under the interpreter"
 )
-
-
-def error(actual, expected):
-    assert torch.isfinite(actual).all()
-    return ((actual.double() - expected).norm() / expected.norm().clamp_min(1e-30)).item()
 
 
 def numbers(seed=0):
@@ -55,14 +51,14 @@ def test_matches_reference(shape, width, dtype, silu, full, reverse):
     wide = [None if t is None else t.double() for t in args]
     out = backend.forward(*args, **flags)
     assert out.dtype == dtype
-    assert error(out, reference.forward(*wide, **flags)) < LIMITS[dtype]
+    assert_close(out, reference.forward(*wide, **flags), LIMITS[dtype], in_norm=True)
     grads = backend.backward(dout, *args, **flags)
     for grad, want, source in zip(grads, reference.backward(dout.double(), *wide, **flags), args, strict=True):
         if source is None:
             assert grad is None
         else:
             assert grad.dtype == source.dtype
-            assert error(grad, want) < LIMITS[source.dtype]
+            assert_close(grad, want, LIMITS[source.dtype], in_norm=True)
     again = backend.backward(dout, *args, **flags)
     assert all(a is b or torch.equal(a, b) for a, b in zip(grads, again, strict=True))
 

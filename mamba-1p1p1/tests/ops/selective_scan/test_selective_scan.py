@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from causal_conv1d_vim.runtime.backend import BackendError
+from closeness import assert_close
 from mamba_ssm_vim import selective_scan, use_backend
 from mamba_ssm_vim.ops.selective_scan import backends, selective_scan_ref
 
@@ -72,22 +73,14 @@ def tolerance(dtype: torch.dtype) -> float:
     return {torch.float32: 2e-4, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
 
 
-def assert_close(actual, expected, dtype, what):
-    assert actual.dtype == expected.dtype, what
-    assert torch.isfinite(actual).all(), what
-    scale = expected.float().abs().max().clamp(min=1e-3) if expected.numel() else 1.0
-    error = (actual.float() - expected.float()).abs().max() / scale if expected.numel() else torch.tensor(0.0)
-    assert error <= tolerance(dtype), f"{what}: {error:.2e}"
-
-
 def compare(inputs, backend, dtype=torch.float32, **flags):
     expected, actual = call(inputs, "reference", **flags), call(inputs, backend, **flags)
-    assert_close(actual[0], expected[0], dtype, "out")
-    assert_close(actual[1], expected[1], dtype, "last_state")
+    assert_close(actual[0], expected[0], tolerance(dtype), "out")
+    assert_close(actual[1], expected[1], tolerance(dtype), "last_state")
     for name, a, e in zip(NAMES, actual[2], expected[2], strict=True):
         assert (a is None) == (e is None), name
         if a is not None:
-            assert_close(a, e, dtype, f"gradient of {name}")
+            assert_close(a, e, tolerance(dtype), f"gradient of {name}")
 
 
 def test_reference_is_the_recurrence():

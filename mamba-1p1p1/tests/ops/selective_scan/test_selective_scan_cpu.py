@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from causal_conv1d_vim.runtime.cpu_library import INSTRUCTION_SETS
+from closeness import assert_close
 from mamba_ssm_vim.ops.selective_scan import cpu, reference
 
 pytestmark = pytest.mark.skipif(cpu.library.reason is not None, reason=str(cpu.library.reason))
@@ -16,12 +17,6 @@ pytestmark = pytest.mark.skipif(cpu.library.reason is not None, reason=str(cpu.l
 # 2^-24; sums over tokens and channels some hundred. bfloat16 and float16 round once on the way out (2^-9, 2^-12).
 TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
-
-
-def close(ours, exact, tolerance, name):
-    scale = exact.abs().max().clamp(min=1e-3)
-    error = (ours.double() - exact).abs().max() / scale
-    assert error <= tolerance, f"{name}: {error:.2e} of {scale:.2e}"
 
 
 def make(batch, seqlen, dim, states, groups, dtype, constant="", optional=True, initial=False):
@@ -67,8 +62,8 @@ def run_both(inputs, dtype, *, reverse, softplus, scale=1.0):
     exact_args = [None if t is None else t.double() for t in args]
     out, last, saved = cpu.forward(*args, **flags, save=True)
     exact_out, exact_last, _ = reference.forward(*exact_args, **flags)
-    close(out, exact_out, TOLERANCE[dtype], "out")
-    close(last, exact_last, TOLERANCE[torch.float32], "last_state")
+    assert_close(out, exact_out, TOLERANCE[dtype], "out")
+    assert_close(last, exact_last, TOLERANCE[torch.float32], "last_state")
     dout, dlast = torch.randn(out.shape).to(dtype), torch.randn(last.shape)
     grads = cpu.backward(dout, dlast, *args, saved, **flags)
     exact = reference.backward(dout.double(), dlast.double(), *exact_args, [], **flags)
@@ -77,7 +72,7 @@ def run_both(inputs, dtype, *, reverse, softplus, scale=1.0):
         if mine is not None:
             assert mine.shape == inputs[name].shape
             assert mine.dtype is (torch.float32 if name in ("A", "D", "delta_bias") else inputs[name].dtype)
-            close(mine, theirs, TOLERANCE[mine.dtype], name)
+            assert_close(mine, theirs, TOLERANCE[mine.dtype], name)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -136,7 +131,7 @@ def test_low_rank_step_inside_the_scan():
     grads = cpu.backward(dout, None, *args, saved, **flags)
     args[1] = low
     fused, _, saved = cpu.forward(*args, **flags, save=True, dt_weight=weight)
-    close(fused, out.double(), TOLERANCE[torch.float32], "out")
+    assert_close(fused, out.double(), TOLERANCE[torch.float32], "out")
     du, dz = torch.empty_like(out), torch.empty_like(out)
     dx_dbl = torch.empty(2, 70, rank + 2 * 16)
     dlow, dB, dC = dx_dbl.split([rank, 16, 16], -1)
@@ -145,9 +140,9 @@ def test_low_rank_step_inside_the_scan():
         out=reference.ScanGradients(u=du, delta=dlow, B=dB.unsqueeze(2), C=dC.unsqueeze(2), z=dz),
     )  # fmt: skip
     expected = torch.cat([grads.delta @ weight, grads.B.squeeze(2), grads.C.squeeze(2)], dim=-1)
-    close(dx_dbl, expected.double(), TOLERANCE[torch.float32], "dx")
-    close(ddt_weight, torch.einsum("ble,blr->er", grads.delta, low).double(), 3e-5, "ddt_weight")
-    close(found.u, grads.u.double(), TOLERANCE[torch.float32], "du")
+    assert_close(dx_dbl, expected.double(), TOLERANCE[torch.float32], "dx")
+    assert_close(ddt_weight, torch.einsum("ble,blr->er", grads.delta, low).double(), 3e-5, "ddt_weight")
+    assert_close(found.u, grads.u.double(), TOLERANCE[torch.float32], "du")
 
 
 @pytest.mark.parametrize("seqlen", [197, 40])
