@@ -1,4 +1,4 @@
-"""Draw boxes and masks of what is found in a picture: `python det/demo.py IMAGE CONFIG CHECKPOINT --out FILE.png`."""
+"""Draw boxes and masks of what is found in an image: `python det/demo.py IMAGE CONFIG CHECKPOINT --out FILE.png`."""
 
 import sys
 from functools import partial

@@ -1,9 +1,9 @@
-# Sourced by demo_seg.sh and demo_det.sh: runs seg/demo.py or det/demo.py on a picture.
+# Sourced by demo_seg.sh and demo_det.sh: runs seg/demo.py or det/demo.py on an image.
 # Environment, with defaults:
-#   CKPT      checkpoint that train.py wrote; without one, the small model of the made-up shapes is trained first, once,
-#             which takes some minutes on a CPU, and kept under output/
+#   CKPT      checkpoint that train.py wrote; without one, a small model of synthetic shapes is trained first, which takes
+#             some minutes on a CPU, and kept under output/
 #   CONFIG    its config; required with CKPT
-#   OUTPUT    the picture to write (output/demo_<seg or det>.png)
+#   OUTPUT    the image to write (output/demo_<seg or det>.png)
 #   PYTHON    interpreter (.venv/bin/python if it is there, else python3)
 
 set -euo pipefail
@@ -14,7 +14,7 @@ demo() {
     local task="$1" config="$root/$1/configs/$2.py" folder="$root/output/$2"
     shift 2
     if [ $# -lt 1 ] || [ ! -f "$1" ]; then
-        echo "error: give a picture: bash scripts/demo_$task.sh IMAGE" >&2
+        echo "error: give an image: bash scripts/demo_$task.sh IMAGE" >&2
         exit 2
     fi
     if [ -n "${CKPT:-}" ] && [ -z "${CONFIG:-}" ]; then
@@ -29,7 +29,7 @@ demo() {
     local checkpoint="${CKPT:-}"
     if [ -z "$checkpoint" ]; then
         if [ ! -f "$folder/last_checkpoint" ]; then
-            echo "== no CKPT: training the small model of made-up shapes once (some minutes on a CPU)"
+            echo "== no CKPT: training a small model of synthetic shapes once (some minutes on a CPU)"
             "$python" "$root/scripts/make_shapes.py" "$root/output/shapes"
             "$python" "$root/$task/train.py" "$config" --data-root "$root/output/shapes" --work-dir "$folder"
         fi

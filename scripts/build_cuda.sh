@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Compiles the CUDA libraries in place, for work in a checkout.  usage: VIM_CUDA_ARCHS=90 scripts/build_cuda.sh
+# Compile the CUDA libraries next to the Python sources, to work in a checkout. Usage: VIM_CUDA_ARCHS=90 scripts/build_cuda.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 generator=()

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Compiles the native CPU libraries and puts them next to the Python sources, for work in the tree without installing.
+# Compile the native CPU libraries next to the Python sources, to work in a checkout without installing.
 # Usage: scripts/build_native.sh [cmake options, e.g. -DVIM_SANITIZE=address,undefined]
 set -euo pipefail
 top=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Evaluate CKPT, a Vim-B checkpoint, on ImageNet's validation set; which brings its own stride if it is this project's.
+# Evaluate CKPT, a Vim-B checkpoint, on ImageNet's validation set. A checkpoint of this project holds its own stride.
 # Environment and --dry-run: see scripts/_launch.sh.
 # shellcheck source=scripts/_launch.sh
 source "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train Cascade Mask R-CNN on COCO with a Vim-S backbone, 184,375 iterations of 64 pictures (8 GPUs of 8).
+# Train Cascade Mask R-CNN on COCO with a Vim-S backbone, 184,375 iterations of 64 images (8 GPUs of 8).
 # Environment and --dry-run: see scripts/_dense.sh.
 # shellcheck source=scripts/_dense.sh
 source "$(dirname "${BASH_SOURCE[0]}")/_dense.sh"

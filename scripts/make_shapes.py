@@ -45,7 +45,7 @@ def shape_mask(kind: int, size: int, centre: np.ndarray, radius: float, angle: f
 
 
 def make_image(rng: np.random.Generator, size: int) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
-    """One picture (size, size, 3) uint8 and its shapes from back to front: class and visible mask."""
+    """One image (size, size, 3) uint8 and its shapes from back to front: class and visible mask."""
     slope = rng.uniform(-0.6, 0.6, (2, 3))
     rows, columns = np.mgrid[:size, :size]
     image = rng.uniform(60, 190) + rows[..., None] * slope[0] + columns[..., None] * slope[1]
@@ -74,7 +74,7 @@ def run_lengths(mask: np.ndarray) -> dict[str, list[int]]:
 
 
 def write_split(folder: Path, split: str, count: int, size: int, rng: np.random.Generator) -> None:
-    """Write the pictures of a split with both kinds of annotation."""
+    """Write the images of a split with both kinds of annotation."""
     for kind in ("images", "annotations"):
         (folder / kind / split).mkdir(parents=True, exist_ok=True)
     images, annotations = [], []
@@ -107,13 +107,13 @@ def main(argv: list[str] | None = None) -> int:
     """Command line; 0, or 2 if the folder cannot be written."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--train", type=int, default=240, help="training pictures (240)")
-    parser.add_argument("--val", type=int, default=60, help="validation pictures (60)")
+    parser.add_argument("--train", type=int, default=240, help="training images (240)")
+    parser.add_argument("--val", type=int, default=60, help="validation images (60)")
     parser.add_argument("--size", type=int, default=96, help="side in pixels (96)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     if args.size < 48 or min(args.train, args.val) < 1:
-        parser.error("expected --size of 48 or more, and at least one picture in each split")
+        parser.error("expected --size of 48 or more, and at least one image in each split")
     try:
         for i, (split, count) in enumerate((("training", args.train), ("validation", args.val))):
             write_split(args.folder, split, count, args.size, np.random.default_rng([args.seed, i]))

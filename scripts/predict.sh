@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Names and the five likeliest classes of pictures, printed and drawn: bash scripts/predict.sh IMAGE...
+# Print and draw the five most likely classes of images: bash scripts/predict.sh IMAGE...
 # Environment, with defaults:
 #   CKPT      checkpoint of main.py, or another one with --model NAME (output/quickstart/checkpoint.pth)
-#   OUTPUT    picture to write (output/predictions.png)
+#   OUTPUT    image to write (output/predictions.png)
 #   PYTHON    interpreter (.venv/bin/python if it is there, else python3)
 # Further arguments: see python -m vim.analysis.predict --help.
 
@@ -10,7 +10,7 @@ set -euo pipefail
 # -P: the scripts are also reached as vim/scripts, a link.
 root="$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 if [ $# -lt 1 ]; then
-    echo "error: give a picture: bash scripts/predict.sh IMAGE..." >&2
+    echo "error: give an image: bash scripts/predict.sh IMAGE..." >&2
     exit 2
 fi
 checkpoint="${CKPT:-$root/output/quickstart/checkpoint.pth}"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds the native library with AddressSanitizer and UndefinedBehaviorSanitizer in a copy of the tree and runs the
-# operators' native tests against it. Usage: scripts/test_sanitizers.sh [pytest arguments]; PYTHON chooses the interpreter.
+# Build the CPU libraries with AddressSanitizer and UndefinedBehaviorSanitizer in a copy of the tree, and run the CPU
+# kernels' tests with them. Usage: scripts/test_sanitizers.sh [pytest arguments]; PYTHON chooses the interpreter.
 set -euo pipefail
 top=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python}

@@ -1,4 +1,4 @@
-"""Draw the classes of all pixels over a picture: `python seg/demo.py IMAGE CONFIG CHECKPOINT --out FILE.png`."""
+"""Draw the classes of all pixels over an image: `python seg/demo.py IMAGE CONFIG CHECKPOINT --out FILE.png`."""
 
 import sys
 from functools import partial

@@ -1,8 +1,8 @@
 """Submit a training run to SLURM: `python scripts/slurm/submit.py pt-tiny --data /imagenet --output /runs/pt-tiny`.
 
-The first argument names a recipe of vim/recipes; flags that are not of this script go to main.py. One task is started
-per GPU. Before the time limit or a preemption SLURM sends a signal, at which the run saves its state and stops; the job
-then puts itself back into the queue and goes on from there.
+The first argument names a recipe of vim/recipes; flags that this script does not know go to main.py. There is one
+task per GPU. Before the time limit or a preemption SLURM sends a signal; the run then saves its state and stops, and the
+job requeues itself and continues from there.
 """
 
 import argparse
@@ -78,25 +78,25 @@ def command(args: argparse.Namespace, further: list[str]) -> list[str]:
 
 
 def parameters(args: argparse.Namespace) -> dict[str, Any]:
-    """What submitit is to ask SLURM for."""
-    wanted: dict[str, Any] = {
+    """What submitit requests from SLURM."""
+    requested: dict[str, Any] = {
         "nodes": args.nodes,
         "tasks_per_node": args.tasks_per_node or max(args.gpus_per_node, 1),
         "timeout_min": max(1, round(60 * args.hours)),
     }
     if args.gpus_per_node:
-        wanted["gpus_per_node"] = args.gpus_per_node
+        requested["gpus_per_node"] = args.gpus_per_node
     if args.executor == "slurm":
-        wanted |= {
+        requested |= {
             "name": args.output.name, "cpus_per_task": args.cpus_per_task, "slurm_signal_delay_s": args.signal_s,
             "slurm_partition": args.partition, "slurm_account": args.account, "slurm_constraint": args.constraint,
             "slurm_additional_parameters": {"requeue": True, "open-mode": "append"},
         }  # fmt: skip
-    return {name: value for name, value in wanted.items() if value is not None}
+    return {name: value for name, value in requested.items() if value is not None}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Submit, or run here with `--executor local`; 2 after a user's error."""
+    """Submit, or run on this machine with `--executor local`. Exit status: 0, or 2 after a user's error."""
     from vim.engine.arguments import parse_args
     from vim.errors import UserError
 
@@ -112,9 +112,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     finally:
         os.chdir(here)
-    wanted = parameters(args)
+    requested = parameters(args)
     if args.dry_run:
-        for name, value in wanted.items():
+        for name, value in requested.items():
             print(f"{name}={value}")
         print(shlex.join(["main.py", *flags]))
         return 0
@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    executor.update_parameters(**wanted)
+    executor.update_parameters(**requested)
     try:
         job = executor.submit(Training(flags))
     except submitit.core.utils.FailedJobError as error:

@@ -1,4 +1,4 @@
-"""Flags of a small model, and made-up images."""
+"""Flags of a small model, and synthetic images."""
 
 import argparse
 from pathlib import Path

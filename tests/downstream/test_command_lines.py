@@ -123,7 +123,7 @@ def test_classifier_given_for_evaluation(evaluate, shapes, published):
 
 
 def test_weights_of_another_model_are_not_evaluated(evaluate, shapes, tmp_path):
-    """mmengine warns and evaluates what was initialised; here it is an error."""
+    """mmengine alone would warn and evaluate initial weights; this is an error."""
     from mmengine.registry import MODELS
 
     from vim.dense.cli import read_config
@@ -161,7 +161,7 @@ def test_demo_of_something_else_than_a_picture(run_tool, tmp_path):
     (tmp_path / "text.jpg").write_text("no picture")
     done = run_tool("seg/demo.py", tmp_path / "text.jpg", SEG, "none.pth")
     assert done.returncode == 2
-    assert "is not a picture" in done.stderr
+    assert "is not an image" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -210,4 +210,4 @@ def test_benchmark_counts_what_the_backbone_costs(run_tool):
 def test_benchmark_reports(run_tool):
     done = run_tool("seg/benchmark.py", SEG, "--shape", 64, 96, "--rounds", 1)
     assert done.returncode == 0, done.stderr
-    assert "GFLOPs a picture" in done.stdout
+    assert "GFLOPs per image" in done.stdout

@@ -89,7 +89,7 @@ def records(folder):
 
 @pytest.fixture(scope="module")
 def odd_tree(tree, tmp_path_factory):
-    """The made-up tree with one evaluation image more: 13, no multiple of two processes."""
+    """The synthetic tree with one evaluation image more: 13, no multiple of two processes."""
     root = tmp_path_factory.mktemp("odd") / "tree"
     shutil.copytree(tree, root)
     shutil.copy(root / "val" / "red" / "0.jpg", root / "val" / "red" / "more.jpg")

@@ -42,7 +42,7 @@ def assert_close(first, second, rtol, atol):
 
 
 def test_clipping():
-    """Norm, value and AGC bounds against their definitions, on made-up gradients."""
+    """Norm, value and AGC bounds against their definitions, on synthetic gradients."""
 
     def clipped(*argv):
         args = parse_args([*NANO, *map(str, argv)])

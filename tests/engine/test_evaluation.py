@@ -47,7 +47,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def seven(tree, tmp_path_factory):
-    """The made-up tree's evaluation images in seven class folders."""
+    """The synthetic tree's evaluation images in seven class folders."""
     root = tmp_path_factory.mktemp("seven")
     files = sorted(tree.glob("val/*/*.jpg"))
     for k in range(CLASSES):

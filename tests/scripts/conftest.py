@@ -1,4 +1,4 @@
-"""A made-up ImageNet tree of a few small JPEGs."""
+"""A synthetic ImageNet tree of a few small JPEGs."""
 
 import numpy as np
 import pytest

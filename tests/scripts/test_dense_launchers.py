@@ -1,4 +1,4 @@
-"""Launchers of detection and segmentation: the commands they print, what they refuse; the made-up data set."""
+"""Launchers of detection and segmentation: the commands they print, what they refuse; the synthetic data set."""
 
 import json
 import os
@@ -68,10 +68,10 @@ def test_hub_ids_stay_as_they_are(tmp_path):
 
 @pytest.mark.parametrize("script", ["demo_seg.sh", "demo_det.sh"])
 def test_demo_needs_a_picture(script, tmp_path):
-    assert "give a picture" in run(script).stderr
+    assert "give an image" in run(script).stderr
     done = run(script, str(tmp_path / "none.jpg"))
     assert done.returncode == 2
-    assert "give a picture" in done.stderr
+    assert "give an image" in done.stderr
 
 
 def test_shapes_agree_in_both_layouts(tmp_path):

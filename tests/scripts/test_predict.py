@@ -94,7 +94,7 @@ def test_what_cannot_be_predicted_is_said(checkpoint, tmp_path, capsys):
         assert "Traceback" not in error
     assert not (tmp_path / "panel.png").exists()
     done = subprocess.run(["bash", SCRIPT], text=True, capture_output=True, check=False)
-    assert (done.returncode, done.stderr) == (2, "error: give a picture: bash scripts/predict.sh IMAGE...\n")
+    assert (done.returncode, done.stderr) == (2, "error: give an image: bash scripts/predict.sh IMAGE...\n")
     env = {**os.environ, "CKPT": str(tmp_path / "absent.pth")}
     done = subprocess.run(["bash", SCRIPT, "x.png"], env=env, text=True, capture_output=True, check=False)
     assert done.returncode == 2

@@ -22,16 +22,16 @@ class VimBackbone(BaseModule):
 
     Args:
         arch: registered model, e.g. "vim_tiny_patch16_224".
-        img_size: side, or (height, width), of the training images in pixels: the grid of the position embedding. Images
-            of other sizes are served all the same, by resampling it.
-        out_indices: blocks whose maps are given, counted from 0.
-        class_token: "remove" drops it, and its row of the position embedding; "keep" lets it take part in the blocks.
-            The maps never hold it.
-        final_norm: normalise each map by the model's last norm; else the bare residual stream is given.
-        grad_checkpointing: recompute blocks in backward.
+        img_size: side, or (height, width), of the training images in pixels: the grid of the position embedding. For
+            images of other sizes it is resampled.
+        out_indices: blocks whose maps are returned, counted from 0.
+        class_token: "remove" drops it and its row of the position embedding; "keep" leaves it in the blocks. The maps
+            never contain it.
+        final_norm: normalise each map with the model's last norm; otherwise return the residual stream.
+        grad_checkpointing: recompute blocks in the backward pass.
         init_cfg: dict(type="Pretrained", checkpoint=PATH): a classification checkpoint, published or own, as a file or
             "hf-hub:owner/repository/file".
-        use_ema: take the checkpoint's averaged weights.
+        use_ema: use the averaged weights of the checkpoint.
         model_args: further arguments of the model, e.g. if_rope=True, drop_path_rate=0.1, depth=12.
 
     Raises:

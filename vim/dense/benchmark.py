@@ -1,4 +1,4 @@
-"""Parameters, FLOPs and speed of a config's model on made-up pictures."""
+"""Parameters, FLOPs and speed of a config's model on random images."""
 
 import argparse
 import time
@@ -11,7 +11,7 @@ from vim.errors import UserError
 
 
 def benchmark(task: str, argv: list[str] | None = None) -> dict[str, float]:
-    """Print and give parameters (M), FLOPs (G) of one picture, and pictures per second.
+    """Print and give parameters (M), FLOPs (G) of one image, and images per second.
 
     Args:
         task: "seg" or "det".
@@ -22,7 +22,7 @@ def benchmark(task: str, argv: list[str] | None = None) -> dict[str, float]:
     """
     from vim.dense.cli import TASKS, read_config
 
-    parser = argparse.ArgumentParser(description="Parameters, FLOPs and pictures per second of a config's model.")
+    parser = argparse.ArgumentParser(description="Parameters, FLOPs and images per second of a config's model.")
     parser.add_argument("config")
     parser.add_argument("--shape", type=int, nargs="+", default=[512], help="side, or height and width (512)")
     parser.add_argument("--batch-size", type=int, default=1)
@@ -63,9 +63,9 @@ def benchmark(task: str, argv: list[str] | None = None) -> dict[str, float]:
     speed = args.batch_size * args.rounds / (time.perf_counter() - start)
     print(
         f"{args.config} at {height} × {width}, batch {args.batch_size}, {device.type}: {parameters:.2f} M parameters, "
-        f"{flops:.3f} GFLOPs a picture, {speed:.2f} pictures/s"
+        f"{flops:.3f} GFLOPs per image, {speed:.2f} images/s"
     )
-    return {"parameters": parameters, "flops": flops, "pictures_per_second": speed}
+    return {"parameters": parameters, "flops": flops, "images_per_second": speed}
 
 
 def _samples(task: str, count: int, height: int, width: int) -> list:

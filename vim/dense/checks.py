@@ -1,4 +1,4 @@
-"""What a config asks for, checked against what is there, before anything is built: data sets, annotations, classes."""
+"""Checks of a config before anything is built: its data sets, annotations and classes exist and fit."""
 
 import json
 from collections.abc import Iterator

@@ -18,7 +18,7 @@ TASKS = {"seg": "mmseg", "det": "mmdet"}
 
 
 def run_main(main: Callable[[list[str] | None], Any], argv: list[str] | None = None) -> int:
-    """Run a command line: 0, or 2 after a user's error, said in one sentence."""
+    """Run a command line and return its exit status: 0, or 2 after a user's error, which is printed in one sentence."""
     from vim.models.checkpoint import CheckpointError
 
     try:
@@ -87,7 +87,7 @@ def read_config(
 def check_weights(model: Any, path: str) -> dict[str, Any]:
     """Content of a checkpoint of train.py, if its weights are those of the model.
 
-    mmengine itself would warn of other names and shapes, and go on with what was initialised.
+    mmengine itself would warn of other names and shapes, and continue with initial weights.
 
     Args:
         model: a built model, or its config.

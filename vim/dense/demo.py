@@ -1,4 +1,4 @@
-"""Draw a trained model's prediction on a picture."""
+"""Draw a trained model's prediction on an image."""
 
 import argparse
 import importlib
@@ -11,22 +11,22 @@ from vim.errors import UserError
 
 
 def demo(task: str, argv: list[str] | None = None) -> Path:
-    """Draw classes ("seg") or boxes and masks ("det") on a picture; gives the file written.
+    """Draw classes ("seg") or boxes and masks ("det") on an image, and return the file written.
 
     Args:
         task: "seg" or "det".
         argv: flags; those of the process by default.
 
     Raises:
-        UserError: picture, config or checkpoint that cannot be read, or do not fit one another.
+        UserError: image, config or checkpoint cannot be read, or do not fit each other.
     """
     from vim.dense.cli import TASKS, check_weights, read_config
 
-    parser = argparse.ArgumentParser(description="Draw a trained model's prediction on a picture.")
+    parser = argparse.ArgumentParser(description="Draw a trained model's prediction on an image.")
     parser.add_argument("image", type=Path)
     parser.add_argument("config")
     parser.add_argument("checkpoint", help="checkpoint that train.py wrote with this config")
-    parser.add_argument("--out", type=Path, default=Path("output") / f"demo_{task}.png", help="picture to write")
+    parser.add_argument("--out", type=Path, default=Path("output") / f"demo_{task}.png", help="image to write")
     parser.add_argument("--score", type=float, default=0.5, help="least score of a box that is drawn (0.5)")
     parser.add_argument("--opacity", type=float, default=0.5, help="of the classes' colours (0.5)")
     args = parser.parse_args(argv)
@@ -37,7 +37,7 @@ def demo(task: str, argv: list[str] | None = None) -> Path:
 
     pixels = mmcv.imread(str(args.image)) if args.image.is_file() else None
     if pixels is None:
-        raise UserError(f"{args.image} is not a picture that OpenCV can read: give a JPEG or PNG file")
+        raise UserError(f"{args.image} is not an image that OpenCV can read: give a JPEG or PNG file")
     import_modules_from_strings("vim.dense.register")
     cfg = read_config(task, args.config)
     apis = importlib.import_module(f"{TASKS[task]}.apis")

@@ -1,4 +1,4 @@
-"""The OpenMMLab packages: whether they are there and whole, and what lets current PyTorch read their checkpoints."""
+"""The OpenMMLab packages: checks that they are complete, and lets current PyTorch read their checkpoints."""
 
 import importlib
 import warnings
