@@ -1,4 +1,4 @@
-"""The published, channel-first interface of causal-conv1d, names, argument order and shapes, on our operators.
+"""The published, channel-first interface of causal-conv1d: its names, argument order and shapes.
 
 Legend: B batch, D channels, L tokens, W width of the kernel, S length of a convolution state (S >= W - 1).
 """
@@ -29,7 +29,7 @@ def causal_conv1d_fn(
         weight: (D, W).
         bias: (D,) or None.
         seq_idx: (B, L) integers or None: tokens of different numbers do not see each other, and the output of a token
-            with a negative number (padding) is zero. Releases before 1.2 took the activation here, and so does this.
+            with a negative number (padding) is zero. The activation may be passed in its place, as before 1.2.
         initial_states: (B, D, W-1), the inputs before the first token, oldest first; with `seq_idx` they belong to the
             first sequence of each row.
         return_final_states: also return the last W-1 inputs (B, D, W-1), with `seq_idx` those of the last sequence.
@@ -91,9 +91,9 @@ def causal_conv1d_update(
     cache_seqlens: torch.Tensor | None = None,
     conv_state_indices: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Convolve a few new tokens after those in `conv_state`, and put them into it in place.
+    """Convolve new tokens that follow those in `conv_state`, and update it in place.
 
-    Gradients reach x, weight and bias; the state is data, not differentiated.
+    Gradients reach x, weight and bias, not the state.
 
     Args:
         x: (B, D) or (B, D, L).
@@ -154,7 +154,7 @@ def _check(
     initial_states: torch.Tensor | None,
     activation: str | None,
 ) -> None:
-    """Raise for what would be reported in token-major shapes, or not at all, further down."""
+    """Raise for errors that the token-major functions would report in other shapes, or not at all."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}, expected None, 'silu' or 'swish'")
     if x.dim() != 3 or weight.dim() != 2 or weight.shape[0] != x.shape[1]:

@@ -7,7 +7,7 @@
 Every module `mamba_ssm.x.y` is the very module `mamba_ssm_vim.x.y`, whether or not the original packages are installed.
 
 Raises:
-    ImportError: one of the original packages was imported before, and would go on serving whoever holds it.
+    ImportError: one of the original packages has already been imported, and its users would keep it.
 """
 
 import importlib
@@ -22,7 +22,7 @@ PACKAGES = {"mamba_ssm": "mamba_ssm_vim", "causal_conv1d": "causal_conv1d_vim"}
 
 
 class _Loader(importlib.abc.Loader):
-    """Gives a module that exists already under its own name."""
+    """Returns a module that has already been imported under its own name."""
 
     def __init__(self, name: str) -> None:
         self._name = name

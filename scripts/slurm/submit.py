@@ -1,8 +1,8 @@
 """Submit a training run to SLURM: `python scripts/slurm/submit.py pt-tiny --data /imagenet --output /runs/pt-tiny`.
 
-The first argument names a recipe of vim/recipes; flags that this script does not know go to main.py. There is one
-task per GPU. Before the time limit or a preemption SLURM sends a signal; the run then saves its state and stops, and the
-job requeues itself and continues from there.
+The first argument names a recipe of vim/recipes; flags that this script does not know go to main.py. There is one task
+per GPU. Before the time limit or a preemption SLURM sends a signal. The run then saves its state and stops; the job
+requeues itself and continues from there.
 """
 
 import argparse

@@ -1,1 +1,1 @@
-"""Pictures of runs and of what a model does."""
+"""Figures of runs and of what a model does."""

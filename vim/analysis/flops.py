@@ -29,7 +29,7 @@ def conv_flops(batch: int, seqlen: int, dim: int, width: int) -> int:
     return batch * seqlen * dim * (2 * width + 2)
 
 
-# torch's formulas get the shapes where the operator gets tensors. A backward pass makes the forward values again and
+# torch's formulas get shapes in place of the operator's tensors. A backward pass recomputes the forward values and
 # then does about twice as much, as for a matrix product.
 
 

@@ -1,4 +1,4 @@
-"""Pictures for people: learning curves, a panel of predictions, a confusion matrix. Each function writes one PNG."""
+"""Figures: learning curves, a panel of predictions, a confusion matrix. Each function writes one PNG."""
 
 import json
 from collections.abc import Sequence
@@ -97,7 +97,7 @@ def plot_classes(images: Sequence[np.ndarray], classes: Sequence[list[tuple[str,
     """Images with the likeliest classes of each as bars below it.
 
     Args:
-        images: pictures that matplotlib shows, such as PIL's.
+        images: images that matplotlib can show, such as PIL's.
         classes: pairs (name, probability) of each, likeliest first.
         path: PNG to write.
     """

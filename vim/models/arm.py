@@ -177,7 +177,7 @@ class ArmPretraining(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each encoder block in backward instead of keeping its activations."""
+        """Recompute each encoder block in the backward pass instead of keeping its activations."""
         self.grad_checkpointing = enable
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:

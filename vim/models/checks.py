@@ -1,4 +1,4 @@
-"""What `VisionMamba` asks of its arguments, said in one sentence each."""
+"""Checks of the arguments of `VisionMamba`; each error is one sentence."""
 
 from typing import Any
 

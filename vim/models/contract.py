@@ -1,4 +1,4 @@
-"""What timm asks of every model beside its forward pass: parameter groups, a new head, another image size."""
+"""What timm expects of every model besides its forward pass: parameter groups, a new head, another image size."""
 
 from typing import Any
 
@@ -53,7 +53,7 @@ class TimmContract(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in backward instead of keeping its activations."""
+        """Recompute each block in the backward pass instead of keeping its activations."""
         self.grad_checkpointing = enable
 
     @torch.jit.ignore
@@ -71,7 +71,7 @@ class TimmContract(nn.Module):
             raise ValueError(f"num_classes is {num_classes!r}, expected a whole number of at least 0")
         pool = checked_pool(global_pool, self.global_pool, self.class_token)
         if pool == "registers" != self.global_pool:
-            raise ValueError("global_pool='registers' cannot be set later: build the model anew")
+            raise ValueError("global_pool='registers' cannot be set later: build a new model")
         self.global_pool, self.num_classes = pool, num_classes
         if pool != "registers":
             self.neck, self.norm_neck = nn.Identity(), nn.Identity()

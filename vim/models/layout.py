@@ -1,4 +1,4 @@
-"""Where the tokens of a sequence stand: patches in raster order, special tokens (class tokens, registers) among them.
+"""The place of every token in a sequence: patches in raster order, special tokens (class tokens, registers) among them.
 
 Plain functions of tensors in the subset of Python that TorchScript compiles. They branch on shapes, so torch.fx takes
 them as leaves (timm's `register_notrace_function`).

@@ -1,7 +1,7 @@
 """What a checkpoint's pickle may hold beside tensors and Python's plain types: data, built without running its code.
 
 Each entry of `DATA_TYPES` stands in for the type that a file names. numpy's own constructors are not among them: they
-believe the sizes and layouts that a pickle states.
+trust the sizes and layouts that a pickle states.
 """
 
 import argparse

@@ -171,7 +171,7 @@ def backward_pair(
     biases: list[torch.Tensor | None],
     dx: torch.Tensor,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
-    """Gradients of the weights and biases; that of x (B, L, E), the sum of both ways, is written to `dx`."""
+    """Gradients of the weights and biases; that of x (B, L, E), the sum of both directions, is written to `dx`."""
     dweights = [torch.empty(w.shape, dtype=torch.float32, device=x.device) for w in weights]
     dbiases = [None if b is None else torch.empty(b.shape, dtype=torch.float32, device=x.device) for b in biases]
     args, _alive = _pair_arguments(x, weights, biases)

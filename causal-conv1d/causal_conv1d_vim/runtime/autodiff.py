@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
 def dispatched(required: Sequence[torch.Tensor] = (), optional: Sequence[torch.Tensor | None] = ()) -> bool:
-    """Whether an operator must go through torch's dispatcher, because somebody other than eager autograd watches.
+    """Whether an operator must go through torch's dispatcher, because something besides eager autograd observes it.
 
     That is a compiler, `torch.jit.trace`, a dispatch mode (fake tensors, FLOP counter) or a transform of `torch.func`;
     or an argument is no tensor, or one that is not simply its memory: the dispatcher resolves negative views and zero
@@ -72,7 +72,7 @@ def gradients(
 
 
 def recording(*tensors: torch.Tensor | None) -> bool:
-    """Whether autograd will want the gradient of a function of these tensors.
+    """Whether autograd will need the gradient of a function of these tensors.
 
     Raises:
         RuntimeError: one of them carries a tangent of forward-mode differentiation, which would be lost.

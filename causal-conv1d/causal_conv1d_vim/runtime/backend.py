@@ -88,7 +88,7 @@ def choose(op: str, names: Sequence[str], why_not: Callable[[str], str | None], 
     for name in names:
         reason = why_not(name)
         if reason is None:
-            # The reference is orders of magnitude slower: whoever ends up there should know why.
+            # The reference is orders of magnitude slower, so say why it runs.
             level = logging.WARNING if name == "reference" else logging.INFO
             for other, why in declined:
                 _say_once(level, op, other, why)

@@ -1,6 +1,6 @@
 """Finds and loads a package's CUDA library with ctypes: C functions on device pointers and a stream.
 
-The library holds its own CUDA runtime, knows nothing of torch or Python, and loads on machines without a GPU.
+The library contains its own CUDA runtime, uses neither torch nor Python, and loads on machines without a GPU.
 """
 
 import ctypes
@@ -72,7 +72,7 @@ class CudaLibrary:
         return self._checked[index] or unsupported_dtype(x)
 
     def _why_not_device(self, capability: tuple[int, int]) -> str | None:
-        """Machine code runs on its own major version from its minor on; the newest is also there as PTX."""
+        """Machine code for X.Y runs on X.Z with Z >= Y; the newest is also included as PTX, for later GPUs."""
         newest = self._architectures[-1]
         if capability >= newest or any(capability[0] == a[0] and capability >= a for a in self._architectures):
             return None
@@ -92,7 +92,7 @@ class CudaLibrary:
         """Result of an integer function of the library.
 
         Raises:
-            RuntimeError: the library is not there or does not load.
+            RuntimeError: the library is missing or does not load.
         """
         return self._function(name)(*args)
 
@@ -100,7 +100,7 @@ class CudaLibrary:
         """Run a launcher on the current stream of x's device.
 
         Raises:
-            RuntimeError: the launch failed (the message has CUDA's error number), or the library is not there.
+            RuntimeError: the launch failed (the message has CUDA's error number), or the library is missing.
         """
         if x.device.index == torch.cuda.current_device():
             status = self._run(name, args, torch.cuda.current_stream(x.device).cuda_stream)

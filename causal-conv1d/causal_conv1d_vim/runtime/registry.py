@@ -39,7 +39,7 @@ class OpBackends:
 
     def pick(self, *inputs: Any) -> str:
         """Name of the backend for a call with these inputs, which are the arguments of `why_not`."""
-        # Of small calls on a CPU the choice is a visible share, so a tensor there does not ask the GPU's backends.
+        # The choice takes a visible part of small calls on a CPU, so they do not ask the backends of GPUs.
         forced, names = forced_backend(), self._names
         if forced is None and inputs[0].is_cpu:
             names = self._without_gpu

@@ -1,4 +1,4 @@
-"""What compiled kernels are told of a tensor: the code of its dtype, its address, and a layout that they can read."""
+"""What compiled kernels need of a tensor: the code of its dtype, its address, and a layout that they can read."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""What the Triton backends share: whether Triton can run, the device of a launch, and a bearable interpreter."""
+"""What the Triton backends share: whether Triton can run, the device of a launch, and a faster interpreter."""
 
 import importlib
 from types import ModuleType
@@ -42,7 +42,7 @@ def why_not(x: torch.Tensor) -> str | None:
 
 
 def _probe(device: torch.device) -> str | None:
-    """Compile and launch one small kernel: a missing compiler or driver shows here and not in the middle of a model."""
+    """Compile and launch one small kernel: a missing compiler or driver shows now, not in the middle of a model."""
     try:
         kernel = importlib.import_module("causal_conv1d_vim.runtime.triton_kernels")
         out = torch.zeros(32, dtype=torch.float32, device=device)

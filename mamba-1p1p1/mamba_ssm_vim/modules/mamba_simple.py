@@ -31,7 +31,7 @@ class Mamba(nn.Module):
         conv_bias, bias: biases of the convolution, and of in_proj and out_proj.
         use_fast_path: accepted for the published signature; backends are chosen per call (see `use_backend`).
         layer_idx: index under which an inference cache keeps this layer's state.
-        bimamba_type: "none" (forward only), "v1" (shared parameters but A), "v2" (own parameters per direction).
+        bimamba_type: "none" (forward only), "v1" (all parameters but A shared), "v2" (parameters for each direction).
         if_divide_out: halve the sum of the two directions of "v2".
         init_layer_scale: initial value of a per-channel factor `gamma` of the output, or None for no factor.
         if_devide_out: `if_divide_out` as some published code spells it.
@@ -102,7 +102,7 @@ class Mamba(nn.Module):
         """Parameters of the forward pass (suffix "") or of the backward one ("_b"; A_b_log and D_b as published)."""
         E, N, R = self.d_inner, self.d_state, self.dt_rank
         a_name, d_name = f"A{suffix}_log", f"D{suffix}"
-        # A and the step's bias stay float32: exp of a rounded log(n) would move the poles.
+        # A and the step's bias stay float32: exp of a rounded log(n) would change the decay rates.
         states = torch.arange(1, N + 1, dtype=torch.float32, device=factory["device"])
         self.register_parameter(a_name, nn.Parameter(torch.log(states).repeat(E, 1)))
         if not own_parameters:
@@ -157,7 +157,7 @@ class Mamba(nn.Module):
         """(B, L, D) → (B, L, D).
 
         With `inference_params` the tokens continue those that this layer has seen in earlier calls (`seqlen_offset` of
-        0 starts anew), and the layer's states there are brought up to date.
+        0 starts over), and the states of this layer in it are updated.
 
         Raises:
             ValueError: inference parameters for a bidirectional mixer, one without `layer_idx`, or another batch size.
@@ -200,8 +200,8 @@ class Mamba(nn.Module):
 
         Args:
             hidden_states: (B, L, D).
-            conv_state: (B, E, W), the last inputs of the convolution, oldest first; data, not differentiated.
-            ssm_state: (B, E, N), the state of the scan; data, not differentiated.
+            conv_state: (B, E, W), the last inputs of the convolution, oldest first; not differentiated.
+            ssm_state: (B, E, N), the state of the scan; not differentiated.
 
         Returns:
             out (B, L, D), conv_state, ssm_state.

@@ -251,7 +251,7 @@ class BiMambaInnerFn:
 
 
 def _check_scan(u, delta, A, B, C, z) -> None:
-    """Raise for what would be reported in token-major shapes, or not at all, further down."""
+    """Raise for errors that the token-major functions would report in other shapes, or not at all."""
     if u.dim() != 3 or delta.shape != u.shape or (z is not None and z.shape != u.shape):
         raise ValueError(
             f"u, delta and z must all be (batch, dim, seqlen), got {tuple(u.shape)}, {tuple(delta.shape)} and "

@@ -1,4 +1,4 @@
-"""What a model carries from token to token, under the published name."""
+"""The inference cache of a model, under its published name."""
 
 import dataclasses
 
@@ -26,7 +26,7 @@ class InferenceParams:
     lengths_per_sample: torch.Tensor | None = None
 
     def reset(self, max_seqlen: int, max_batch_size: int) -> None:
-        """Start over with new limits; the layers' states are zeroed by whoever holds them."""
+        """Start over with new limits; the layers zero their own states."""
         self.max_seqlen, self.max_batch_size, self.seqlen_offset = max_seqlen, max_batch_size, 0
         if self.lengths_per_sample is not None:
             self.lengths_per_sample.zero_()

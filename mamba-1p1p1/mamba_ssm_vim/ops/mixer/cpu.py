@@ -1,7 +1,7 @@
 """CPU backend of the mixer: per direction one kernel for convolution and x_proj, and one for the scan.
 
 The step's projection happens inside the scan, the second direction adds onto the first one's output, and nothing is
-flipped or copied. Backward keeps xz, x_proj's small output (B, L, R + 2N) and the chunk states, and convolves again.
+flipped or copied. Backward keeps xz, x_proj's small output (B, L, R + 2N) and the chunk states, and recomputes u.
 """
 
 from typing import TYPE_CHECKING

@@ -1,7 +1,7 @@
 """The mixer on NVIDIA GPUs: both convolutions in one launch, batched projections, and one launch for both scans.
 
-Forward: the two directions meet in the middle of the sequence, where their sum is scaled and gated. Backward is left
-the low-rank projections and the states on entering every 16 tokens; the convolved input and the step are made again.
+Forward: the two directions meet in the middle of the sequence, where their sum is scaled and gated. Backward keeps
+the low-rank projections and the states before every 16th token, and recomputes the convolved input and the step.
 
 Legend: S directions, B batch, L tokens, E inner channels, N states, R rank of dt, P its padding, K = R + P + 2N.
 """
@@ -85,7 +85,7 @@ def _convolution_gradients(du_SBLE: torch.Tensor, x: torch.Tensor, ways: list, d
 def _weights(ways: list, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """x_proj's weights (S, K, E) and dt_proj's (S, E, R + P) in `dtype`.
 
-    P zeros make the rank a multiple of 8, as fast matrix products in 16 bits want their rows.
+    P zeros make the rank a multiple of 8, as fast 16-bit matrix products need their rows.
     """
     dim, rank = ways[0].dt_proj_weight.shape
     columns = ways[0].x_proj_weight.shape[0] - rank

@@ -108,5 +108,5 @@ def mixer(xz: torch.Tensor, directions: list[Direction], *, scale: float = 1.0) 
 
 
 def bimamba_inner(xz: torch.Tensor, forward: Direction, backward: Direction, *, divide: bool = True) -> torch.Tensor:
-    """The bidirectional mixer "v2": own parameters per direction, summed, and halved if `divide`. See `mixer`."""
+    """The bidirectional mixer "v2": parameters for each direction, summed, and halved if `divide`. See `mixer`."""
     return mixer(xz, [forward, backward], scale=0.5 if divide else 1.0)

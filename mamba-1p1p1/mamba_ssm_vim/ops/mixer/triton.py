@@ -1,7 +1,7 @@
-"""The mixer on the Triton kernels: directions add up, scaled, in the scan kernel, and little is stored for backward.
+"""The mixer on the Triton kernels: the scan kernel adds and scales the directions, and little is kept for backward.
 
-Kept between forward and backward are only the low-rank projections (R + 2N values per token and direction, and the
-states at the chunk boundaries of a long sequence); the convolved input and the step are made again.
+The forward pass keeps only the low-rank projections (R + 2N values per token and direction) and the states at the chunk
+boundaries of a long sequence; the backward pass recomputes the convolved input and the step.
 """
 
 import torch

@@ -29,7 +29,7 @@ def selective_state_update(
     """h = exp(dt A) h + dt B x, in place in `state`; y = (C h + D x) SiLU(z): a scan over a single token.
 
     Every shape may carry a dimension of heads before `dim` (Mamba-2); B and C then have one of groups, which divide the
-    heads. Gradients reach the other tensors; the state is data, not differentiated.
+    heads. Gradients reach the other tensors, not the state.
 
     Args:
         state: (batch, [heads,] dim, dstate), or (rows, ...) with `state_batch_indices`; any floating dtype.

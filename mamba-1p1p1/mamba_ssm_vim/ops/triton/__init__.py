@@ -1,4 +1,4 @@
-"""The published import paths of functions that were written in Triton there.
+"""The published import paths of functions that the original wrote in Triton.
 
-Here, as everywhere in this package, the backend is chosen per call by the tensors' device and dtype.
+As everywhere in this package, the backend is chosen for each call by the tensors' device and dtype.
 """
