@@ -43,6 +43,8 @@ def _write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        # Where both were links to one file, nothing was renamed.
+        temporary.unlink(missing_ok=True)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -92,7 +94,7 @@ class CheckpointManager:
         return bool(self._seconds) and time.monotonic() - self._saved_at >= self._seconds
 
     def save(self, state: TrainState, name: str = LAST, *, copies: tuple[str, ...] = (), **extra: Any) -> Path | None:
-        """Write `name`, then its copies; every process calls this, the main one writes.
+        """Write the copies, then `name`; every process calls this, the main one writes.
 
         Args:
             state: what to save.
@@ -114,12 +116,15 @@ class CheckpointManager:
             "grid": None if grid is None else tuple(grid), **extra,
         }  # fmt: skip
         try:
-            if name == LAST and path.exists():
-                previous = self.folder / PREVIOUS
-                _write_atomically(previous, lambda temporary: _link(path, temporary))
-            save_atomically(content, path)
-            for copy in copies:
-                _write_atomically(self.folder / copy, lambda temporary: shutil.copyfile(path, temporary))
+            first, *others = [self.folder / target for target in (*copies, name)]
+            # `name` comes last: a run killed in between does the same again, and with it the copies.
+            for target in (first, *others):
+                if target.name == LAST and target.exists():
+                    _write_atomically(self.folder / PREVIOUS, lambda temporary: _link(path, temporary))
+                if target is first:
+                    save_atomically(content, first)
+                else:
+                    _write_atomically(target, lambda temporary: shutil.copyfile(first, temporary))
         except (OSError, RuntimeError) as error:  # RuntimeError: of torch's archive writer, on a full disk
             reason = getattr(error, "strerror", None) or "the disk is full, or the file too large for it"
             raise UserError(

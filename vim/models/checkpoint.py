@@ -103,6 +103,9 @@ def _check_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             parts = archive.infolist()
+            if any(part.external_attr & 0xFF for part in parts):
+                # Torch leaves the memory of a part that is marked as a folder as it is.
+                raise CheckpointError(f"{path} is damaged: its parts are marked as other than files; copy it again")
             stored = all(part.compress_type == zipfile.ZIP_STORED for part in parts)
             if not stored or sum(part.file_size for part in parts) > path.stat().st_size:
                 raise CheckpointError(f"{path} is compressed, which torch.save never does: write it with torch.save")
