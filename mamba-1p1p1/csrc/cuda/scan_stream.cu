@@ -355,8 +355,9 @@ bool stream_fits(const ScanForwardArgs& args) {
         const ScanSide& side = args.side[i];
         fit = fit && aligned(side.u, side.u_batch, side.u_token, size, 16) &&
               aligned(side.delta, side.delta_batch, side.delta_token, size, 16) &&
-              aligned(side.B, side.B_batch, side.B_token, size, 8) && aligned(side.C, side.C_batch, side.C_token, size, 8) &&
-              side.B_group * size % 8 == 0 && side.C_group * size % 8 == 0;
+              aligned(side.B, side.B_batch, side.B_token, size, 4 * size) &&
+              aligned(side.C, side.C_batch, side.C_token, size, 4 * size) &&
+              side.B_group % 4 == 0 && side.C_group % 4 == 0;
     }
     return fit;
 }
