@@ -224,6 +224,10 @@ def test_onnx(name: str, tmp_path) -> None:
     ({"pad_patches": True, "stride": 4}, "stride equal to the patch size"),
     ({"global_pool": "registers"}, "needs registers"),
     ({"global_pool": "halves"}, "class token in the middle"),
+    ({"merge_ratio": 0.6, "if_cls_token": True}, "merge_ratio is 0.6"),
+    ({"merge_ratio": 0.2}, "needs a class token or registers"),
+    ({"merge_ratio": 0.2, "if_cls_token": True, "bimamba_type": "v3"}, "follows the grid"),
+    ({"merge_ratio": 0.2, "if_cls_token": True, "merge_blocks": [2]}, "blocks from 0 to 1"),
     ({"weight_init": "timm"}, "weight_init is 'timm'"),
     ({"mlp_dim": 64, "if_bidirectional": True, "bimamba_type": "none"}, "mlp_dim"),
 ])  # fmt: skip

@@ -39,6 +39,7 @@ def check_arguments(**given: Any) -> None:
     _check_registers(given)
     _check_pooled_scan(given)
     _check_clips(given)
+    _check_merging(given)
 
 
 def _check_rotary(given: dict[str, Any]) -> None:
@@ -105,6 +106,26 @@ def _check_clips(given: dict[str, Any]) -> None:
     ):
         if value:
             raise ValueError(f"num_frames cannot be combined with {name}, which {reason}")
+
+
+def _check_merging(given: dict[str, Any]) -> None:
+    ratio, blocks, depth = given["merge_ratio"], given["merge_blocks"], given["depth"]
+    if not 0.0 <= ratio <= 0.5:
+        raise ValueError(f"merge_ratio is {ratio!r}, expected a share from 0 to 0.5")
+    if blocks is not None and (not blocks or any(not isinstance(i, int) or not 0 <= i < depth for i in blocks)):
+        raise ValueError(f"merge_blocks is {blocks!r}, expected blocks from 0 to {depth - 1}")
+    if ratio == 0:
+        return
+    if not given["if_cls_token"] and not given["num_registers"]:
+        raise ValueError("merge_ratio needs a class token or registers to read out: merged patches stand for several")
+    for name, value, reason in (
+        ("scan_pool", given["scan_pool"] != "none", "pools the grid of patches"),
+        ("bimamba_type='v3'", given["bimamba_type"] == "v3", "follows the grid of patches"),
+        ("if_rope", given["if_rope"], "turns the patches of a grid"),
+        ("if_bidirectional", given["if_bidirectional"], "adds the outputs of blocks of one length"),
+    ):
+        if value:
+            raise ValueError(f"merge_ratio cannot be combined with {name}, which {reason}")
 
 
 def checked_indices(depth: int, pairs: bool, indices: int | list[int] | None) -> tuple[list[int], int]:

@@ -23,6 +23,7 @@ from vim.models.contract import TimmContract
 from vim.models.initialisation import init_videomamba, init_vim
 from vim.models.layers import Block, MlpBlock, SwiGLU, apply_norm, residual_norm
 from vim.models.layout import TokenLayout, special_positions, split_tokens, to_map, token_layout
+from vim.models.merging import merge_tokens
 from vim.models.mixers import build_mixer
 from vim.models.patch_embed import PatchEmbed
 from vim.models.rope import RotaryEmbedding2d
@@ -86,6 +87,8 @@ class VisionMamba(TimmContract):
         head_drop_rate: dropout before the head.
         weight_init: "vim" or "videomamba", the published initialisations.
         pos_embed_antialias: antialias the position embedding when it is resampled.
+        merge_ratio: share of the patches, at most a half, that is merged into similar ones after each of `merge_blocks`
+            at inference; those are by default two, at a third and two thirds of the depth.
         dynamic_img_size: accept any image size the grid serves in `forward`, resampling the position embedding.
         in_chans, global_pool: channels, and "token", "avg", "max", "last" or "", by timm's names; "registers" or
             "halves", see `pool_tokens`.
@@ -143,6 +146,8 @@ class VisionMamba(TimmContract):
         head_drop_rate: float = 0.0,
         weight_init: str = "vim",
         pos_embed_antialias: bool = True,
+        merge_ratio: float = 0.0,
+        merge_blocks: list[int] | None = None,
         dynamic_img_size: bool = False,
         in_chans: int | None = None,
         global_pool: str | None = None,
@@ -158,7 +163,7 @@ class VisionMamba(TimmContract):
             if_rope_residual=if_rope_residual, bimamba_type=bimamba_type, if_cls_token=if_cls_token,
             num_registers=num_registers, register_reduce=register_reduce, scan_pool=scan_pool, num_frames=num_frames,
             tubelet_size=tubelet_size, mlp_dim=mlp_dim, pad_patches=pad_patches, column_major=column_major,
-            weight_init=weight_init,
+            weight_init=weight_init, merge_ratio=merge_ratio, merge_blocks=merge_blocks,
         )  # fmt: skip
         factory = {"device": device, "dtype": dtype}
         self.num_classes, self.drop_rate, self.depth = num_classes, drop_rate, depth
@@ -167,6 +172,8 @@ class VisionMamba(TimmContract):
         self.if_bidirectional, self.if_rope_residual = if_bidirectional, if_rope_residual
         self.dynamic_img_size, self.grad_checkpointing = dynamic_img_size, False
         self.rms_norm, self.residual_in_fp32 = rms_norm, residual_in_fp32
+        self.merge_ratio = float(merge_ratio)
+        self.merge_blocks = [depth // 3, 2 * depth // 3] if merge_blocks is None else list(merge_blocks)
         self.register_reduce, self.pos_embed_antialias = register_reduce, pos_embed_antialias
         norm_layer: Callable[..., nn.Module] = partial(
             RMSNorm if rms_norm else nn.LayerNorm, eps=norm_epsilon, **factory
@@ -300,11 +307,12 @@ class VisionMamba(TimmContract):
 
     def _blocks(
         self, hidden: torch.Tensor, layout: TokenLayout, take: list[int], norm: bool, depth: int
-    ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-        """Run the first `depth` blocks: hidden, residual and, for each index in `take`, the stream after that block."""
+    ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], TokenLayout]:
+        """Run the first `depth` blocks: hidden, residual, for each index in `take` the stream after it, the layout."""
         residual: torch.Tensor | None = None
         streams: list[torch.Tensor] = []
         first_hidden, first_residual = hidden, residual
+        sizes = torch.ones_like(hidden[:, :, :1], dtype=torch.float32)
         if torch.jit.is_scripting():
             layers = self.layers
         else:
@@ -331,8 +339,10 @@ class VisionMamba(TimmContract):
                 hidden, residual = new_hidden, new_residual
             if i in take:
                 streams.append(self._final_norm(hidden, residual) if norm else residual + hidden)
+            if self.merge_ratio > 0.0 and i in self.merge_blocks and residual is not None and not self.training:
+                hidden, residual, sizes, layout = merge_tokens(hidden, residual, sizes, layout, self.merge_ratio)
         assert residual is not None
-        return hidden, residual, streams
+        return hidden, residual, streams, layout
 
     def _final_norm(self, hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         hidden = self.drop_path(hidden)
@@ -351,7 +361,7 @@ class VisionMamba(TimmContract):
     ) -> tuple[torch.Tensor, TokenLayout]:
         hidden, layout = self._embed(x, random_position, random_rank)
         take: list[int] = []
-        hidden, residual, _ = self._blocks(hidden, layout, take, False, len(self.layers))
+        hidden, residual, _, layout = self._blocks(hidden, layout, take, False, len(self.layers))
         return self._final_norm(hidden, residual), layout
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
@@ -373,6 +383,8 @@ class VisionMamba(TimmContract):
 
         The pools "" and "max" act after the head, per token, so their features keep the token axis (B, L, D).
         """
+        if self.merge_ratio > 0.0 and self.class_token == "spread":
+            raise ValueError("merged registers stand where forward alone knows: call the model, or use merge_ratio=0")
         layout = self._layout(self.patch_embed.grid_size, 1)
         pooled = self._reduce(pool_features(x, layout, self.class_token, self.global_pool))
         return pooled if pre_logits else self._classify(pooled)
@@ -431,7 +443,9 @@ class VisionMamba(TimmContract):
             take, last = checked_indices(len(self.layers), self.if_bidirectional, indices)
         hidden, layout = self._embed(x)
         depth = last + 1 if stop_early else len(self.layers)
-        hidden, residual, streams = self._blocks(hidden, layout, take, norm, depth)
+        if self.merge_ratio > 0.0:
+            raise ValueError("merged tokens have no grid, so there are no feature maps: build it with merge_ratio=0")
+        hidden, residual, streams, _ = self._blocks(hidden, layout, take, norm, depth)
         maps: list[torch.Tensor] = []
         prefix: list[torch.Tensor] = []
         for stream in streams:
