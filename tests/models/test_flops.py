@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import vim
-from vim.analysis.flops import count_flops, flop_terms, scan_flops
+from vim.analysis.flops import FVCORE_HANDLES, count_flops, flop_terms, scan_flops
 
 VARIANTS = json.loads((Path(__file__).parents[1] / "golden" / "variants.json").read_text())
 
@@ -60,3 +60,15 @@ def test_other_parts_are_counted_as_a_whole(name):
     assert count_flops(model, 2) == 2 * count_flops(model) > 0
     with pytest.raises(ValueError, match="use count_flops"):
         flop_terms(model)
+
+
+@pytest.mark.filterwarnings("ignore")  # fvcore traces with torch.jit, which is deprecated
+@pytest.mark.parametrize("kind", ["v1", "v2"])
+def test_fvcore_counts_multiply_adds(kind):
+    from fvcore.nn import FlopCountAnalysis
+
+    model = timm.create_model("vim_nano_patch4_32", depth=2, bimamba_type=kind).eval()
+    analysis = FlopCountAnalysis(model, torch.randn(2, 3, 32, 32)).set_op_handle(**FVCORE_HANDLES)
+    assert 2 * analysis.total() == count_flops(model, batch=2)
+    assert 2 * analysis.by_operator()["selective_scan"] == 2 * flop_terms(model)["scan"]
+    assert not [name for name in analysis.unsupported_ops() if name.startswith("vision_mamba")]

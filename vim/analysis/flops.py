@@ -1,9 +1,11 @@
 """Floating-point operations of a model, the scan included.
 
 Importing this module, which `import vim` does, tells torch's `FlopCounterMode` what the project's operators cost: it
-then counts whole models, forward and backward. `flop_terms` is the same count as a table of formulas.
+then counts whole models, forward and backward. `FVCORE_HANDLES` tells fvcore. `flop_terms` is the same count as a table
+of formulas.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,6 +56,24 @@ for _name, _formula in (
     ("causal_conv1d", _conv), ("causal_conv1d_backward", _conv_backward),
 ):  # fmt: skip
     register_flop_formula(getattr(torch.ops.vision_mamba, _name))(_formula)
+
+
+def _for_fvcore(formula: Callable[..., int]) -> Callable[[list, list], int]:
+    """A formula as fvcore calls it, with the traced graph's values; it counts a multiply-add as one operation."""
+
+    def handle(inputs: list, outputs: list) -> int:
+        shapes = (value.type().sizes() if value.isCompleteTensor() else None for value in inputs)
+        return formula(*shapes) // 2
+
+    return handle
+
+
+# For `fvcore.nn.FlopCountAnalysis(model, images).set_op_handle(**FVCORE_HANDLES)`.
+FVCORE_HANDLES = {
+    "vision_mamba::selective_scan": _for_fvcore(_scan),
+    "vision_mamba::causal_conv1d": _for_fvcore(_conv),
+    "vision_mamba::add_norm": None,  # norms are left out, as torch's counter leaves them out
+}
 
 
 @torch.no_grad()
