@@ -2,6 +2,7 @@
 
 import torch
 
+from causal_conv1d_vim.conv import onnx
 from causal_conv1d_vim.runtime.autodiff import dispatched, forbid_double_backward, recording
 from causal_conv1d_vim.runtime.operators import check, register
 from causal_conv1d_vim.runtime.registry import OpBackends
@@ -84,7 +85,7 @@ def _vjp(ctx, dout):
     return *(None if t is None else g for t, g in zip(saved, grads, strict=True)), None, None
 
 
-_op = register("causal_conv1d", _forward, _forward_shapes, _setup_context, _vjp)
+_op = register("causal_conv1d", _forward, _forward_shapes, _setup_context, _vjp, onnx)
 _op_backward = register("causal_conv1d_backward", _backward, _backward_shapes)
 
 

@@ -6,9 +6,12 @@ kernels get bare addresses, so whatever reaches one has been checked.
 """
 
 from collections.abc import Callable, Iterable
+from types import ModuleType
 from typing import Any
 
 import torch
+import torch._decomp
+import torch.onnx
 
 from causal_conv1d_vim.runtime.autodiff import recording
 
@@ -18,6 +21,8 @@ COMPLEX = frozenset((torch.complex64, torch.complex128))
 _INTEGERS = frozenset((torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8))
 
 _NAMESPACE = "vision_mamba"
+# The first opset that has every operator of the symbolic functions; how these get arguments that are no tensors.
+_ONNX_OPSET, _PARSED = 15, {"bool": "b", "float": "f", "int": "i"}
 _library = torch.library.Library(_NAMESPACE, "FRAGMENT")
 
 Operand = tuple[str, torch.Tensor | None, tuple[int, ...] | None]
@@ -138,6 +143,7 @@ def register(
     fake: Callable,
     setup_context: Callable | None = None,
     vjp: Callable | None = None,
+    onnx: ModuleType | None = None,
 ) -> torch._ops.OpOverload:
     """Register `torch.ops.vision_mamba.<name>`.
 
@@ -146,6 +152,7 @@ def register(
         kernel: tensors in, new contiguous tensors out; its type hints become the schema.
         fake: from the same arguments makes results of the right shapes, without values; checks what the kernel checks.
         setup_context, vjp: as `torch.library.register_autograd` takes them; without them differentiating raises.
+        onnx: has a `decomposition` and a `symbolic` function, for the two exporters of `torch.onnx`.
 
     Returns:
         The operator.
@@ -164,4 +171,8 @@ def register(
     _library.impl(name, autograd, "Autograd")
     # Transforms want to meet the autograd function before the dispatcher takes their layers apart.
     _library.impl(name, lambda *args: function.apply(*args), "FuncTorchDynamicLayerFrontMode")
+    if onnx is not None:
+        torch._decomp.register_decomposition(op)(onnx.decomposition)
+        parse = torch.onnx.symbolic_helper.parse_args(*(_PARSED.get(str(a.type), "v") for a in op._schema.arguments))
+        torch.onnx.register_custom_op_symbolic(f"{_NAMESPACE}::{name}", parse(onnx.symbolic), _ONNX_OPSET)
     return op

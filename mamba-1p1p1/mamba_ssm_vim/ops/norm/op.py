@@ -5,6 +5,8 @@ from causal_conv1d_vim.runtime.autodiff import dispatched, forbid_double_backwar
 from causal_conv1d_vim.runtime.operators import check, check_dtype, register
 from causal_conv1d_vim.runtime.registry import OpBackends
 
+from mamba_ssm_vim.ops.norm import onnx
+
 backends = OpBackends("add_norm", "mamba_ssm_vim.ops.norm")
 
 
@@ -115,7 +117,7 @@ def _vjp(ctx, dy, dresidual_out, _dmean, _drstd):
     return dx, dresidual, dweight, None if bias is None else dbias, None, None, None
 
 
-_op = register("add_norm", _forward, _forward_shapes, _setup_context, _vjp)
+_op = register("add_norm", _forward, _forward_shapes, _setup_context, _vjp, onnx)
 _op_backward = register("add_norm_backward", _backward, _backward_shapes)
 
 

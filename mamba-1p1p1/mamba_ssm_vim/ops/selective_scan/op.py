@@ -5,6 +5,8 @@ from causal_conv1d_vim.runtime.autodiff import dispatched, forbid_double_backwar
 from causal_conv1d_vim.runtime.operators import check, register
 from causal_conv1d_vim.runtime.registry import OpBackends
 
+from mamba_ssm_vim.ops.selective_scan import onnx
+
 backends = OpBackends("selective_scan", "mamba_ssm_vim.ops.selective_scan")
 
 _Optional = torch.Tensor | None
@@ -109,7 +111,7 @@ def _vjp(ctx, dout, dlast_state):
     return *(None if t is None else g for t, g in zip(saved, grads, strict=True)), None, None
 
 
-_op = register("selective_scan", _forward, _forward_shapes, _setup_context, _vjp)
+_op = register("selective_scan", _forward, _forward_shapes, _setup_context, _vjp, onnx)
 _op_backward = register("selective_scan_backward", _backward, _backward_shapes)
 
 
