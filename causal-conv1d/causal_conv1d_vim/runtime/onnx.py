@@ -72,7 +72,8 @@ class Graph:
 
         count = self.op("Gather", self.op("Shape", xs[0]), self.number(0), axis_i=0)
         run = self.number(True)
-        results, (body,), _ = jit_utils.add_op_with_blocks(self.context, "Loop", count, run, state, outputs=2, n_blocks=1)
+        inputs = (count, run, state)
+        results, (body,), _ = jit_utils.add_op_with_blocks(self.context, "Loop", *inputs, outputs=2, n_blocks=1)
         index, _, before = (utils._add_input_to_block(body.block) for _ in range(3))
         graph = Graph(body)
         after, y = step(graph, before, *(graph.op("Gather", x, index, axis_i=0) for x in xs))

@@ -8,9 +8,7 @@ from mamba_ssm_vim.ops.norm import reference
 
 def decomposition(x, residual, weight, bias, eps, rms, residual_dtype) -> tuple[torch.Tensor, ...]:
     """The operator in torch's own, for `torch.onnx.export(dynamo=True)`."""
-    y, total, mean, rstd = reference.forward(
-        x, residual, weight, bias, eps=eps, rms=rms, residual_dtype=residual_dtype
-    )
+    y, total, mean, rstd = reference.forward(x, residual, weight, bias, eps=eps, rms=rms, residual_dtype=residual_dtype)
     return y, total.clone() if total is x else total, rstd.new_empty(0) if mean is None else mean, rstd
 
 

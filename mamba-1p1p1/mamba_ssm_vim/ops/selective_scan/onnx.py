@@ -1,8 +1,10 @@
 """The selective scan for ONNX's exporters: a loop over tokens that stays a loop.
 
-Legend: B batch, L tokens, E channels, N states, G groups, K = E / G channels of a group. The state is (B, G, N, K), channels
-innermost: ONNX Runtime's loops are then two to four times as fast as with states innermost.
+Legend: B batch, L tokens, E channels, N states, G groups, K = E / G channels of a group. The state is (B, G, N, K),
+channels innermost: ONNX Runtime's loops are then two to four times as fast as with states innermost.
 """
+
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,7 @@ def decomposition(
     u, delta, A, B, C, D, z, delta_bias, initial_state = (
         None if t is None else t.detach() for t in (u, delta, A, B, C, D, z, delta_bias, initial_state)
     )
+    packed = functools.partial(torch.clone, memory_format=torch.contiguous_format)  # the loop compares strides
     batch, seqlen, dim = u.shape
     if B.dim() == 2 or C.dim() == 2 or B.shape[2] != C.shape[2]:  # every channel is a group of its own
         B, C = (
@@ -39,8 +42,8 @@ def decomposition(
     if initial_state is None:
         state = x.new_zeros(batch, groups, states, dim // groups)
     else:
-        state = initial_state.float().unflatten(1, (groups, -1)).transpose(2, 3).contiguous()
-    A = A.float().unflatten(0, (groups, -1)).transpose(1, 2).contiguous()
+        state = packed(initial_state.float().unflatten(1, (groups, -1)).transpose(2, 3))
+    A = packed(A.float().unflatten(0, (groups, -1)).transpose(1, 2))
     last, y = torch.ops.higher_order.scan(_step, [state], xs, [A])
     y = y.flatten(-3).transpose(0, 1)
     y = y.flip(1) if reverse else y
