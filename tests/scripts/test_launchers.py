@@ -89,7 +89,7 @@ def test_embedded_set_needs_no_data():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", ["t", "s", "b"])
+@pytest.mark.parametrize("size", ["t", "b"])  # the dry runs tell what of Vim-S differs
 def test_pretrain_finetune_and_evaluate(size, jpegs, tmp_path):
     """Three steps each of pretraining and fine-tuning, then an evaluation, at the recipes' models on a CPU.
 
@@ -109,7 +109,6 @@ def test_pretrain_finetune_and_evaluate(size, jpegs, tmp_path):
     shutil.rmtree(pretrained)
     tuned_model = {
         "t": "vim_tiny_patch16_stride8_224",
-        "s": "vim_small_patch16_stride8_224",
         "b": "vim_base_patch16_224",
     }
     stride = ("--model-kwargs", "stride=8") if size == "b" else ()
