@@ -1,5 +1,5 @@
 // Backward pass of the selective scan. Chunks run from the last to the first in scan order; the states inside a chunk
-// are made again from the state kept before it. Sums over channels (for B, C and the low-rank step) are kept per lane over
+// are recomputed from the state kept before it. Sums over channels (for B, C and the low-rank step) are kept per lane over
 // the blocks of a slab, folded once per chunk, and added over slabs in a fixed order afterwards.
 
 #include "scan_tile.h"
@@ -216,6 +216,157 @@ void low_rank_grad(float *low_grad, float *dweight, float *turned, const float *
   }
 }
 
+// Scratch memory of one task.
+struct Work {
+  static constexpr int64_t TILES = 17;
+  // Of one group of states over a tile: (tokens, states, BLOCK).
+  float *kept_h, *kept_decay;
+  // Of a chunk, summed over blocks: (tokens, 2 * states) and (rank, SCAN_CHUNK), one after the other.
+  float *dBC, *low_grad;
+  float *h;  // (states, BLOCK)
+  // Of a tile.
+  float *dt, *dtu, *y, *dy, *slope, *gate_slope, *dtu_grad, *dt_grad, *turned;
+  float *u_copy, *delta_copy, *z_copy, *dout_copy, *dz_copy, *earlier_copy, *du_copy, *ddelta_copy;
+  Shared shared;
+  // Of every block of the slab.
+  BlockParams *params;
+  BlockSums *sums;
+
+  Work(const ScanGradArgs &g, const Cut &cut, const Slab &s) : shared(nullptr, g.in) {
+    const ScanArgs &a = g.in;
+    const int64_t n = a.states, blocks = s.last_block - s.first_block;
+    const int64_t params_floats = BlockParams::floats(a), sums_floats = BlockSums::rows(a) * BLOCK;
+    const int64_t kept = SCAN_CHUNK * min_of(n, KEPT_STATES) * BLOCK;
+    const int64_t floats = 2 * kept + SCAN_CHUNK * (2 * n + a.rank) + n * BLOCK + TILES * TILE + Shared::floats(a) +
+                           blocks * (params_floats + sums_floats);
+    const size_t structs = (size_t)blocks * (sizeof(BlockParams) + sizeof(BlockSums));
+    float *next = (float *)vim::scratch(0, (size_t)floats * 4 + structs);
+    const auto take = [&](int64_t count) { return next += count, next - count; };
+    kept_h = take(kept), kept_decay = take(kept);
+    dBC = take(SCAN_CHUNK * 2 * n), low_grad = take(SCAN_CHUNK * a.rank), h = take(n * BLOCK);
+    float **const tiles[TILES] = {
+        &dt, &dtu, &y, &dy, &slope, &gate_slope, &dtu_grad, &dt_grad, &turned, &u_copy, &delta_copy, &z_copy, &dout_copy,
+        &dz_copy, &earlier_copy, &du_copy, &ddelta_copy};
+    for (float **tile : tiles)
+      *tile = take(TILE);
+    shared = Shared(take(Shared::floats(a)), a);
+    float *params_memory = take(blocks * params_floats), *sums_memory = take(blocks * sums_floats);
+    params = (BlockParams *)next;
+    sums = (BlockSums *)(params + blocks);
+
+    memset(sums_memory, 0, (size_t)(blocks * sums_floats) * 4);
+    // Rows of a short last chunk are transposed along with the others.
+    memset(ddelta_copy, 0, TILE * 4);
+    for (int64_t k = 0; k < blocks; ++k) {
+      const int64_t channel = s.channel(cut, s.first_block + k), count = s.count(cut, s.first_block + k);
+      params[k].fill(params_memory + k * params_floats, a, channel, count);
+      sums[k].place(sums_memory + k * sums_floats, a);
+      if (g.dlast_state)
+        transpose_in(sums[k].state, g.dlast_state + (s.item * a.dim + channel) * n, count, n, 1.0f);
+    }
+  }
+};
+
+// One tile: `tokens` tokens from `start` on (in scan order) of `count` channels.
+struct Place {
+  int64_t start, tokens, channel, count;
+};
+
+// dy = dL/dy_t before the skip and the gate; gate_slope = dL/dz divided by y_t + D u_t.
+void grad_before_gate(const Work &w, float *sum_of_D, float scale, View u, View dout, View z, int64_t tokens) {
+  for (int v = 0; v < NV; ++v) {
+    vf sum_D = load(sum_of_D + v * LANES);
+    for (int64_t t = 0; t < tokens; ++t) {
+      vf to_y = dout.at(t, v) * scale;
+      if (z.data) {
+        const vf gate = z.at(t, v), sig = sigmoid(gate), along = to_y * sig;
+        store(w.gate_slope + t * BLOCK + v * LANES, along * (1.0f + gate * (1.0f - sig)));
+        to_y = along * gate;
+      }
+      store(w.dy + t * BLOCK + v * LANES, to_y);
+      sum_D += to_y * u.at(t, v);
+    }
+    store(sum_of_D + v * LANES, sum_D);
+  }
+}
+
+// The states and their adjoint over the tile, group by group: y, dtu_grad, dt_grad and the sums over states and channels.
+void run_states_and_adjoint(const ScanArgs &a, const Work &w, const BlockParams &p, const BlockSums &sum,
+                            const float *before, bool small, int64_t tokens, Ahead *ahead) {
+  const int64_t n = a.states;
+  memcpy(w.h, before, (size_t)(n * BLOCK) * 4);
+  const float *B = a.b_constant ? p.B : w.shared.B, *C = a.c_constant ? p.C : w.shared.C;
+  const Run run{tokens, n, w.dt, w.dtu, B, C, p.log2_decay, w.h, w.y, w.kept_h, w.kept_decay, ahead};
+  const Adjoint adjoint{tokens, n, w.dt, w.dtu, w.dy, B, C, p.log2_decay, before, w.kept_h, w.kept_decay, sum,
+                        w.dBC, w.dtu_grad, w.dt_grad, ahead};
+  for (int64_t first = 0; first < n; first += KEPT_STATES) {
+    const int64_t group = min_of(n - first, KEPT_STATES);
+    small ? run_group<true, true>(a, run, first, group) : run_group<false, true>(a, run, first, group);
+    adjoint_group(a, adjoint, first, group);
+  }
+}
+
+void store_dz(const ScanGradArgs &g, const Work &w, const Slab &s, const BlockParams &p, View u, const Place &at) {
+  const View earlier =
+      g.accumulate_dz ? load_tile(w.earlier_copy, g.dz, s, at.start, at.tokens, at.channel, at.count) : View{};
+  const Target dz = target_tile(w.dz_copy, g.dz, s, at.start, at.channel, at.count);
+  for (int64_t t = 0; t < at.tokens; ++t)
+    for (int v = 0; v < NV; ++v) {
+      const int64_t i = t * BLOCK + v * LANES;
+      vf r = load(w.gate_slope + i) * (load(w.y + i) + load(p.D + v * LANES) * u.at(t, v));
+      if (earlier.data)
+        r += earlier.at(t, v);
+      dz.put(t, v, r);
+    }
+  finish(dz, g.dz, s, at.start, at.tokens, at.channel, at.count);
+}
+
+// du, and ddelta or what it means for the low-rank step.
+void store_du_ddelta(const ScanGradArgs &g, const Work &w, const Slab &s, const BlockParams &p, const BlockSums &sum,
+                     View u, const Place &at) {
+  const ScanArgs &a = g.in;
+  const Target du = target_tile(w.du_copy, g.du, s, at.start, at.channel, at.count);
+  const Target ddelta = a.rank ? Target{w.ddelta_copy, BLOCK}
+                               : target_tile(w.ddelta_copy, g.ddelta, s, at.start, at.channel, at.count);
+  for (int v = 0; v < NV; ++v) {
+    vf sum_bias = load(sum.bias + v * LANES);
+    for (int64_t t = 0; t < at.tokens; ++t) {
+      const int64_t i = t * BLOCK + v * LANES;
+      const vf through = load(w.dtu_grad + i);
+      vf ddt = load(w.dt_grad + i) * LN2 + through * u.at(t, v);
+      if (a.softplus)
+        ddt *= load(w.slope + i);
+      ddelta.put(t, v, ddt);
+      sum_bias += ddt;
+      du.put(t, v, load(w.dt + i) * through + load(p.D + v * LANES) * load(w.dy + i));
+    }
+    store(sum.bias + v * LANES, sum_bias);
+  }
+  finish(du, g.du, s, at.start, at.tokens, at.channel, at.count);
+  if (a.rank)
+    low_rank_grad(w.low_grad, sum.dt_weight, w.turned, w.ddelta_copy, p, w.shared, a.rank, at.tokens);
+  else
+    finish(ddelta, g.ddelta, s, at.start, at.tokens, at.channel, at.count);
+}
+
+// The chunk's sums over the slab's channels: the low-rank step, B and C side by side for each token.
+void store_partial(const Call &call, const Work &w, const Slab &s, int64_t start, int64_t tokens) {
+  const ScanArgs &a = call.g.in;
+  const int64_t n = a.states;
+  float *partial = call.partial + ((s.item * a.groups + s.group) * call.cut.slabs + s.index) * a.len * call.width;
+  for (int64_t t = 0; t < tokens; ++t) {
+    float *to = partial + s.token(start + t) * call.width;
+    for (int64_t r = 0; r < a.rank; ++r)
+      to[r] = w.low_grad[r * SCAN_CHUNK + t];
+    for (int64_t first = 0; first < n; first += KEPT_STATES) {
+      const int64_t group = min_of(n - first, KEPT_STATES);
+      const float *from = w.dBC + t * 2 * n + 2 * first;
+      memcpy(to + a.rank + first, from, (size_t)group * 4);
+      memcpy(to + a.rank + n + first, from + group, (size_t)group * 4);
+    }
+  }
+}
+
 void backward_task(const void *args, int64_t task, int64_t) {
   const Call &call = *(const Call *)args;
   const ScanGradArgs &g = call.g;
@@ -223,154 +374,51 @@ void backward_task(const void *args, int64_t task, int64_t) {
   const Cut &cut = call.cut;
   const Slab s(a, cut, task);
   const int64_t n = a.states, blocks = s.last_block - s.first_block;
-  const int64_t params_floats = BlockParams::floats(a), sums_floats = BlockSums::rows(a) * BLOCK;
-  const int64_t kept = SCAN_CHUNK * min_of(n, KEPT_STATES) * BLOCK;
-
-  const size_t bytes = (size_t)(blocks * (params_floats + sums_floats) + n * BLOCK + 2 * kept +
-                                SCAN_CHUNK * (2 * n + a.rank) + 17 * TILE + Shared::floats(a)) * 4 +
-                       (size_t)blocks * (sizeof(BlockParams) + sizeof(BlockSums));
-  float *kept_h = (float *)vim::scratch(0, bytes);
-  float *kept_decay = kept_h + kept, *dBC = kept_decay + kept, *low_grad = dBC + SCAN_CHUNK * 2 * n,
-        *h = low_grad + SCAN_CHUNK * a.rank, *tiles = h + n * BLOCK;
-  const auto tile = [&] { return tiles += TILE, tiles - TILE; };
-  float *dt = tile(), *dtu = tile(), *y = tile(), *dy = tile(), *slope = tile(), *gate_slope = tile(),
-        *dtu_grad = tile(), *dt_grad = tile(), *turned = tile(), *u_copy = tile(), *delta_copy = tile(),
-        *z_copy = tile(), *dout_copy = tile(), *dz_copy = tile(), *earlier_copy = tile(), *du_copy = tile(),
-        *ddelta_copy = tile();
-  Shared shared(tiles, a);
-  float *params_memory = tiles + Shared::floats(a), *sums_memory = params_memory + blocks * params_floats;
-  BlockParams *params = (BlockParams *)(sums_memory + blocks * sums_floats);
-  BlockSums *sums = (BlockSums *)(params + blocks);
-
-  memset(sums_memory, 0, (size_t)(blocks * sums_floats) * 4);
-  // Rows of a short last chunk are transposed along with the others.
-  memset(ddelta_copy, 0, TILE * 4);
-  for (int64_t k = 0; k < blocks; ++k) {
-    const int64_t channel = s.channel(cut, s.first_block + k), count = s.count(cut, s.first_block + k);
-    params[k].fill(params_memory + k * params_floats, a, channel, count);
-    sums[k].place(sums_memory + k * sums_floats, a);
-    if (g.dlast_state)
-      transpose_in(sums[k].state, g.dlast_state + (s.item * a.dim + channel) * n, count, n, 1.0f);
-  }
+  Work w(g, cut, s);
   Ahead ahead;
   ahead.columns = blocks;
-  ahead.add(a.u, s);
-  ahead.add(g.dout, s);
-  ahead.add(g.du, s);
-  if (!a.rank) {
-    ahead.add(a.delta, s);
-    ahead.add(g.ddelta, s);
-  }
-  if (a.z.data) {
-    ahead.add(a.z, s);
-    ahead.add(g.dz, s);
-  }
-  const float scale = (float)a.scale;
+  ahead.add(a.u, s), ahead.add(g.dout, s), ahead.add(g.du, s);
+  if (!a.rank)
+    ahead.add(a.delta, s), ahead.add(g.ddelta, s);
+  if (a.z.data)
+    ahead.add(a.z, s), ahead.add(g.dz, s);
   for (int64_t chunk = cut.chunks - 1; chunk >= 0; --chunk) {
     const int64_t start = chunk * SCAN_CHUNK, tokens = min_of(SCAN_CHUNK, a.len - start);
     const int64_t next = start - SCAN_CHUNK, next_tokens = chunk ? SCAN_CHUNK : 0;
-    shared.fill(a, s, start, tokens);
+    w.shared.fill(a, s, start, tokens);
     ahead.aim_chunk(s, next, next_tokens, s.channel(cut, s.first_block));
-    memset(dBC, 0, (size_t)(SCAN_CHUNK * (2 * n + a.rank)) * 4);
+    memset(w.dBC, 0, (size_t)(SCAN_CHUNK * (2 * n + a.rank)) * 4);
     for (int64_t k = 0; k < blocks; ++k) {
       const int64_t block = s.first_block + k, channel = s.channel(cut, block), count = s.count(cut, block);
-      const BlockParams &p = params[k];
-      const BlockSums &sum = sums[k];
-      const int64_t at_saved = ((s.item * cut.chunks + chunk) * a.groups + s.group) * cut.blocks + block;
-      const float *before = a.saved + at_saved * n * BLOCK;
-      const View u = load_tile(u_copy, a.u, s, start, tokens, channel, count);
-      const View dout = load_tile(dout_copy, g.dout, s, start, tokens, channel, count);
-      const View delta = a.rank ? View{} : load_tile(delta_copy, a.delta, s, start, tokens, channel, count);
-      const View z = a.z.data ? load_tile(z_copy, a.z, s, start, tokens, channel, count) : View{};
+      const Place at{start, tokens, channel, count};
+      const BlockParams &p = w.params[k];
+      const BlockSums &sum = w.sums[k];
+      const auto tile_of = [&](float *spare, const Tokens &x) {
+        return load_tile(spare, x, s, start, tokens, channel, count);
+      };
+      const View u = tile_of(w.u_copy, a.u), dout = tile_of(w.dout_copy, g.dout);
+      const View delta = a.rank ? View{} : tile_of(w.delta_copy, a.delta);
+      const View z = a.z.data ? tile_of(w.z_copy, a.z) : View{};
       if (k + 1 < blocks)
         ahead.aim_tile(s, start, tokens, s.channel(cut, block + 1));
       else
         ahead.aim_tile(s, next, next_tokens, s.channel(cut, s.first_block));
-      const bool small = step_tile(dt, dtu, slope, a, p, shared, delta, u, tokens);
-
-      // dy = dL/dy_t before the skip and the gate; gate_slope = dL/dz divided by y_t + D u_t.
-      for (int v = 0; v < NV; ++v) {
-        vf sum_D = load(sum.D + v * LANES);
-        for (int64_t t = 0; t < tokens; ++t) {
-          vf to_y = dout.at(t, v) * scale;
-          if (z.data) {
-            const vf gate = z.at(t, v), sig = sigmoid(gate), along = to_y * sig;
-            store(gate_slope + t * BLOCK + v * LANES, along * (1.0f + gate * (1.0f - sig)));
-            to_y = along * gate;
-          }
-          store(dy + t * BLOCK + v * LANES, to_y);
-          sum_D += to_y * u.at(t, v);
-        }
-        store(sum.D + v * LANES, sum_D);
-      }
-
-      memcpy(h, before, (size_t)(n * BLOCK) * 4);
-      const float *B = a.b_constant ? p.B : shared.B, *C = a.c_constant ? p.C : shared.C;
-      const Run run{tokens, n, dt, dtu, B, C, p.log2_decay, h, y, kept_h, kept_decay, &ahead};
-      const Adjoint adjoint{tokens, n, dt, dtu, dy, B, C, p.log2_decay, before, kept_h, kept_decay, sum, dBC, dtu_grad,
-                            dt_grad, &ahead};
-      for (int64_t first = 0; first < n; first += KEPT_STATES) {
-        const int64_t group = min_of(n - first, KEPT_STATES);
-        small ? run_group<true, true>(a, run, first, group) : run_group<false, true>(a, run, first, group);
-        adjoint_group(a, adjoint, first, group);
-      }
-
-      if (z.data) {
-        const View earlier =
-            g.accumulate_dz ? load_tile(earlier_copy, g.dz, s, start, tokens, channel, count) : View{};
-        const Target dz = target_tile(dz_copy, g.dz, s, start, channel, count);
-        for (int64_t t = 0; t < tokens; ++t)
-          for (int v = 0; v < NV; ++v) {
-            const int64_t i = t * BLOCK + v * LANES;
-            vf r = load(gate_slope + i) * (load(y + i) + load(p.D + v * LANES) * u.at(t, v));
-            if (earlier.data)
-              r += earlier.at(t, v);
-            dz.put(t, v, r);
-          }
-        finish(dz, g.dz, s, start, tokens, channel, count);
-      }
-      const Target du = target_tile(du_copy, g.du, s, start, channel, count);
-      const Target ddelta = a.rank ? Target{ddelta_copy, BLOCK}
-                                   : target_tile(ddelta_copy, g.ddelta, s, start, channel, count);
-      for (int v = 0; v < NV; ++v) {
-        vf sum_bias = load(sum.bias + v * LANES);
-        for (int64_t t = 0; t < tokens; ++t) {
-          const int64_t i = t * BLOCK + v * LANES;
-          const vf through = load(dtu_grad + i);
-          vf ddt = load(dt_grad + i) * LN2 + through * u.at(t, v);
-          if (a.softplus)
-            ddt *= load(slope + i);
-          ddelta.put(t, v, ddt);
-          sum_bias += ddt;
-          du.put(t, v, load(dt + i) * through + load(p.D + v * LANES) * load(dy + i));
-        }
-        store(sum.bias + v * LANES, sum_bias);
-      }
-      finish(du, g.du, s, start, tokens, channel, count);
-      if (a.rank)
-        low_rank_grad(low_grad, sum.dt_weight, turned, ddelta_copy, p, shared, a.rank, tokens);
-      else
-        finish(ddelta, g.ddelta, s, start, tokens, channel, count);
+      const bool small = step_tile(w.dt, w.dtu, w.slope, a, p, w.shared, delta, u, tokens);
+      grad_before_gate(w, sum.D, (float)a.scale, u, dout, z, tokens);
+      const int64_t kept_at = ((s.item * cut.chunks + chunk) * a.groups + s.group) * cut.blocks + block;
+      run_states_and_adjoint(a, w, p, sum, a.saved + kept_at * n * BLOCK, small, tokens, &ahead);
+      if (z.data)
+        store_dz(g, w, s, p, u, at);
+      store_du_ddelta(g, w, s, p, sum, u, at);
     }
-    float *partial = call.partial + ((s.item * a.groups + s.group) * cut.slabs + s.index) * a.len * call.width;
-    for (int64_t t = 0; t < tokens; ++t) {
-      float *to = partial + s.token(start + t) * call.width;
-      for (int64_t r = 0; r < a.rank; ++r)
-        to[r] = low_grad[r * SCAN_CHUNK + t];
-      for (int64_t first = 0; first < n; first += KEPT_STATES) {
-        const int64_t group = min_of(n - first, KEPT_STATES);
-        const float *from = dBC + t * 2 * n + 2 * first;
-        memcpy(to + a.rank + first, from, (size_t)group * 4);
-        memcpy(to + a.rank + n + first, from + group, (size_t)group * 4);
-      }
-    }
+    store_partial(call, w, s, start, tokens);
   }
   for (int64_t k = 0; k < blocks; ++k) {
     const int64_t channel = s.channel(cut, s.first_block + k), count = s.count(cut, s.first_block + k);
     if (g.dinitial_state)
-      transpose_out(g.dinitial_state + (s.item * a.dim + channel) * n, sums[k].state, count, n);
+      transpose_out(g.dinitial_state + (s.item * a.dim + channel) * n, w.sums[k].state, count, n);
     // Everything after `state` is a parameter gradient: one column per channel.
-    transpose_out(call.items + (s.item * a.dim + channel) * call.per_channel, sums[k].A, count, call.per_channel);
+    transpose_out(call.items + (s.item * a.dim + channel) * call.per_channel, w.sums[k].A, count, call.per_channel);
   }
 }
 
