@@ -3,9 +3,20 @@
 import pytest
 import torch
 from causal_conv1d_vim import causal_conv1d, causal_conv1d_fn, causal_conv1d_ref, causal_conv1d_update
-from mamba_ssm_vim import Mamba, add_norm, selective_scan, selective_scan_fn, selective_scan_ref, selective_state_update
+from mamba_ssm_vim import (
+    BackendError,
+    Mamba,
+    add_norm,
+    selective_scan,
+    selective_scan_fn,
+    selective_scan_ref,
+    selective_state_update,
+    use_backend,
+)
+from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.func import functional_call, grad, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 OPS = torch.ops.vision_mamba
@@ -71,12 +82,60 @@ def test_opcheck_norm(randn, wide_residual, rms, optional, dtype):
     torch.library.opcheck(OPS.add_norm_backward.default, arguments)
 
 
+def mixer_inputs(randn, kind, dtype):
+    """xz, the tensors of the directions flat as the registered operator takes them, and their directions."""
+    rank = 3
+    tensors, reverses = [], [False, True] if kind == "v2" else [False]
+    for _ in reverses:
+        tensors += [
+            randn(DIM, WIDTH), randn(DIM) if kind != "none" else None, randn(rank + 2 * DSTATE, DIM) * 0.3,
+            randn(DIM, rank), randn(DIM), -randn(DIM, DSTATE).abs() - 0.1, randn(DIM),
+            -randn(DIM, DSTATE).abs() - 0.1 if kind == "v1" else None,
+        ]  # fmt: skip
+    return randn(BATCH, 37, 2 * DIM, dtype=dtype), tensors, reverses
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["none", "v1", "v2"])
+def test_opcheck_mixer(randn, kind, dtype):
+    xz, tensors, reverses = mixer_inputs(randn, kind, dtype)
+    torch.library.opcheck(OPS.mixer.default, (*leaves(xz), leaves(*tensors), reverses, 0.5))
+    torch.library.opcheck(OPS.mixer_saving.default, (xz, tensors, reverses, 0.5, "cpu"))
+    out, saved = OPS.mixer_saving(xz, tensors, reverses, 0.5, "cpu")
+    dout = torch.randn_like(out)
+    torch.library.opcheck(OPS.mixer_backward.default, (dout, xz, tensors, saved, reverses, 0.5, "cpu"))
+
+
+def test_registered_mixer_checks_its_arguments(randn):
+    """Anybody can call it, and the kernels read and write bare addresses."""
+    xz, tensors, reverses = mixer_inputs(randn, "v2", torch.float32)
+    for index, t in enumerate(tensors):
+        if t is not None:
+            for other in (t[:-1], t.to("meta"), t.to_sparse()):
+                with pytest.raises(ValueError, match=r"must be|on one device"):
+                    OPS.mixer(xz, [*tensors[:index], other, *tensors[index + 1 :]], reverses, 0.5)
+    with pytest.raises(ValueError, match="8 tensors per direction"):
+        OPS.mixer(xz, tensors, [False], 0.5)
+    with pytest.raises(ValueError, match="x_proj_weight must be a tensor"):
+        OPS.mixer(xz, [*tensors[:2], None, *tensors[3:]], reverses, 0.5)
+    with pytest.raises(ValueError, match="xz must be"):
+        OPS.mixer(xz[0], tensors, reverses, 0.5)
+    out, saved = OPS.mixer_saving(xz, tensors, reverses, 0.5, "cpu")
+    for wrong in (saved[:-1], [saved[0][:, :-1], *saved[1:]], [saved[0].bfloat16(), *saved[1:]]):
+        with pytest.raises(ValueError, match="saved must be"):
+            OPS.mixer_backward(out, xz, tensors, wrong, reverses, 0.5, "cpu")
+    with pytest.raises(ValueError, match="dout must be"):
+        OPS.mixer_backward(out[:1], xz, tensors, saved, reverses, 0.5, "cpu")
+    with pytest.raises(BackendError, match="cuda"):
+        OPS.mixer_saving(xz, tensors, reverses, 0.5, "cuda")
+
+
 def test_every_operator_is_checked_here():
-    """The registered operators are those of the three tests above; another one needs its own."""
+    """The registered operators are those of the tests above; another one needs its own."""
     registered = torch._C._dispatch_get_all_op_names()
     names = {name.split("::")[1].split(".")[0] for name in registered if name.startswith("vision_mamba::")}
-    forward = {"selective_scan", "causal_conv1d", "add_norm"}
-    assert names == forward | {f"{name}_backward" for name in forward}
+    forward = {"selective_scan", "causal_conv1d", "add_norm", "mixer"}
+    assert names == forward | {f"{name}_backward" for name in forward} | {"mixer_saving"}
 
 
 def test_registered_operators_are_the_eager_functions(randn):
@@ -95,15 +154,26 @@ def test_registered_operators_are_the_eager_functions(randn):
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
+def graphs_of(compiled_graphs):
+    """A backend of torch.compile that runs the graphs as they are and collects their operators."""
+
+    def collect(graph, inputs):
+        compiled_graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return graph
+
+    return aot_autograd(fw_compiler=collect, bw_compiler=collect)
+
+
 @pytest.mark.parametrize("kind", ["none", "v1", "v2"])
-def test_compiled_mixer(kind):
-    """The whole graph at once, forward and backward, at two lengths, as eager does it."""
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compiled_mixer(kind, dtype):
+    """One graph with the fused mixer in it, forward and backward, for any batch and length, and the bits of eager."""
     torch._dynamo.reset()
     torch.manual_seed(0)
-    mamba = Mamba(24, bimamba_type=kind)
-    compiled = torch.compile(mamba, fullgraph=True, backend="aot_eager")
-    for seqlen in (7, 12):
-        x = torch.randn(2, seqlen, 24)
+    mamba, seen = Mamba(24, bimamba_type=kind, dtype=dtype), []
+    compiled = torch.compile(mamba, fullgraph=True, dynamic=True, backend=graphs_of(seen))
+    for batch, seqlen in ((2, 40), (3, 70)):
+        x = torch.randn(batch, seqlen, 24, dtype=dtype)
         gradients = []
         for model in (mamba, compiled):
             mamba.zero_grad()
@@ -111,9 +181,61 @@ def test_compiled_mixer(kind):
             out = model(own)
             out.square().sum().backward()
             gradients.append([out.detach(), own.grad, *(p.grad.clone() for p in mamba.parameters())])
-        for a, e in zip(*gradients[::-1], strict=True):
-            # The graph projects the step in float32 as eager does, in another order: some ulps of the largest.
-            torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5 * e.abs().max().item())
+        assert all(torch.equal(a, e) for a, e in zip(*gradients, strict=True))
+    operators = [name for graph in seen for name in graph if name.startswith("vision_mamba")]
+    assert operators == ["vision_mamba.mixer_saving.default", "vision_mamba.mixer_backward.default"]
+    with torch.no_grad():
+        assert torch.equal(compiled(x), mamba(x))
+    assert [name for name in seen[-1] if name.startswith("vision_mamba")] == ["vision_mamba.mixer.default"]
+
+
+def test_compiled_mixer_of_operators():
+    """What no fused mixer serves, float64 here, is compiled from the operators inside."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    mamba, seen = Mamba(24, bimamba_type="v2").double(), []
+    compiled = torch.compile(mamba, fullgraph=True, backend=graphs_of(seen))
+    x = torch.randn(2, 7, 24, dtype=torch.float64)
+    torch.testing.assert_close(compiled(x), mamba(x))
+    compiled(x).sum().backward()
+    assert sum(name == "vision_mamba.selective_scan.default" for name in seen[0]) == 2
+
+
+def test_a_compiled_graph_knows_its_backend():
+    """Its saved tensors are those of one backend; another one, forced later, is refused and not ignored."""
+    torch._dynamo.reset()
+    mamba, x = Mamba(24, bimamba_type="v2"), torch.randn(2, 7, 24)
+    compiled = torch.compile(mamba, fullgraph=True, backend="aot_eager")
+    expected = compiled(x)
+    with use_backend("reference"), pytest.raises(BackendError, match="compiled for 'cpu'"):
+        compiled(x)
+    torch._dynamo.reset()
+    with use_backend("reference"):
+        again = torch.compile(mamba, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(again(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_transforms_of_the_mixer():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    mamba, x = Mamba(8, d_state=4, bimamba_type="v2"), torch.randn(3, 5, 8)
+    parameters = {name: p.detach() for name, p in mamba.named_parameters()}
+
+    def of_sample(parameters, sample):
+        return functional_call(mamba, parameters, (sample[None],)).square().sum()
+
+    per_sample = vmap(grad(of_sample), (None, 0))
+    for name, value in torch.compile(per_sample, backend="aot_eager")(parameters, x).items():
+        expected = per_sample(parameters, x)[name]
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+def test_batched_gradients_of_the_eager_mixer():
+    """A recorded eager call whose cotangents come from vmap."""
+    torch.manual_seed(0)
+    mamba, x = Mamba(8, d_state=4, bimamba_type="v1"), torch.randn(1, 3, 8)
+    rows = torch.autograd.functional.jacobian(mamba, x)
+    torch.testing.assert_close(torch.autograd.functional.jacobian(mamba, x, vectorize=True), rows)
 
 
 def test_compiled_published_functions(randn):

@@ -137,6 +137,37 @@ def _function(name: str, op: Callable, setup_context: Callable | None, vjp: Call
     return function
 
 
+def _define(name: str, kernel: Callable, fake: Callable) -> torch._ops.OpOverload:
+    """The operator with its kernel and its shapes, without a derivative."""
+    schema = torch.library.infer_schema(kernel, mutates_args=())
+    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    op = getattr(getattr(torch.ops, _NAMESPACE), name).default
+    _library.impl(name, _with_dense_tensors(op, kernel), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{_NAMESPACE}::{name}", _with_dense_tensors(op, fake), lib=_library)
+    return op
+
+
+def register_composed(
+    name: str, kernel: Callable, fake: Callable, autograd: Callable | None = None, composition: Callable | None = None
+) -> torch._ops.OpOverload:
+    """Register `torch.ops.vision_mamba.<name>` for an operator that is composed of others and fuses them where it can.
+
+    Args:
+        name, kernel, fake: see `register`; arguments may be lists of tensors.
+        autograd: what runs in place of the operator where it may be differentiated.
+        composition: the same computed with other operators, which is what the transforms of `torch.func` see.
+
+    Returns:
+        The operator.
+    """
+    op = _define(name, kernel, fake)
+    if autograd is not None:
+        _library.impl(name, autograd, "Autograd")
+    if composition is not None:
+        _library.impl(name, composition, "FuncTorchDynamicLayerFrontMode")
+    return op
+
+
 def register(
     name: str,
     kernel: Callable,
@@ -157,11 +188,7 @@ def register(
     Returns:
         The operator.
     """
-    schema = torch.library.infer_schema(kernel, mutates_args=())
-    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    op = getattr(getattr(torch.ops, _NAMESPACE), name).default
-    _library.impl(name, _with_dense_tensors(op, kernel), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{_NAMESPACE}::{name}", _with_dense_tensors(op, fake), lib=_library)
+    op = _define(name, kernel, fake)
     function = _function(name, op, setup_context, vjp)
 
     def autograd(*args: Any) -> Any:

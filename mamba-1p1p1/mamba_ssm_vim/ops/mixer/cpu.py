@@ -45,6 +45,16 @@ def _split(x_dbl: torch.Tensor, rank: int, states: int) -> tuple[torch.Tensor, t
     return x_dbl[..., :rank], B, x_dbl[..., rank + states :].unsqueeze(2)
 
 
+def saved_shapes(xz: torch.Tensor, directions: "list[Direction]") -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each tensor that `forward` saves."""
+    (batch, seqlen, width), shapes = xz.shape, []
+    for p in directions:
+        rank, states = p.dt_proj_weight.shape[1], p.A.shape[1]
+        shapes.append(((batch, seqlen, rank + 2 * states), xz.dtype))
+        shapes += [(scan.saved_shape(batch, seqlen, width // 2, states, 1), torch.float32) for _ in _scans(p)]
+    return shapes
+
+
 def forward(
     xz: torch.Tensor, directions: "list[Direction]", *, scale: float, save: bool
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:

@@ -113,6 +113,17 @@ def _states_in_out(low_rank: torch.Tensor, dstate: int) -> tuple[torch.Tensor, t
     return B, C
 
 
+def saved_shapes(xz: torch.Tensor, directions: list) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each tensor that `forward` saves."""
+    batch, seqlen, width = xz.shape
+    if batch * seqlen == 0:
+        return []
+    dim, (rank, dstate) = width // 2, (directions[0].dt_proj_weight.shape[1], directions[0].A.shape[1])
+    low_rank = (len(directions), batch, seqlen, rank + -rank % 8 + 2 * dstate)
+    states = [((scan.boundary_floats(batch, seqlen, dim, dstate),), torch.float32) for _ in directions]
+    return [(low_rank, xz.dtype), *states, ((batch, seqlen, dim), xz.dtype)]
+
+
 def forward(xz: torch.Tensor, directions: list, *, scale: float, save: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """xz (B, L, 2E) → out (B, L, E) = scale × Σ over directions of the gated scan; and what backward needs."""
     x, z = xz.chunk(2, dim=-1)

@@ -42,6 +42,17 @@ def _passes(direction) -> list[tuple[str, torch.Tensor, bool]]:
     return scans
 
 
+def saved_shapes(xz: torch.Tensor, directions: list) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each tensor that `forward` saves."""
+    (batch, seqlen, width), shapes = xz.shape, []
+    for direction in directions:
+        rank, dstate = direction.dt_proj_weight.shape[1], direction.A.shape[1]
+        shapes.append(((batch, seqlen, rank + 2 * dstate), xz.dtype))
+        for _ in _passes(direction):
+            shapes += [(s, torch.float32) for s in scan.saved_shapes(xz, batch, seqlen, width // 2, dstate, 1)]
+    return shapes
+
+
 def forward(xz: torch.Tensor, directions: list, *, scale: float, save: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """xz (B, L, 2E) → out (B, L, E) = scale × Σ over directions of the gated scan; and what backward needs."""
     x, z = xz.chunk(2, dim=-1)

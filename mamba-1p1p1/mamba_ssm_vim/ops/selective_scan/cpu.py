@@ -70,6 +70,11 @@ def _groups(B: torch.Tensor, C: torch.Tensor) -> int:
     return B.shape[2] if B.dim() == 4 else C.shape[2] if C.dim() == 4 else 1
 
 
+def saved_shape(batch: int, seqlen: int, dim: int, states: int, groups: int) -> tuple[int, ...]:
+    """Shape of the float32 states that `forward` saves, those before every chunk."""
+    return batch, -(-seqlen // CHUNK), groups * -(-dim // groups // BLOCK), states, BLOCK
+
+
 def _scan_args(
     u, delta, A, B, C, D, z, delta_bias, initial_state, dt_weight, out, last_state, saved,
     *, delta_softplus, reverse, out_scale, accumulate,
@@ -128,9 +133,7 @@ def forward(
     last_state = u.new_empty((batch, dim, states), dtype=torch.float32)
     saved = None
     if save:
-        groups = _groups(B, C)
-        blocks = groups * -(-dim // groups // BLOCK)
-        saved = u.new_empty((batch, -(-seqlen // CHUNK), blocks, states, BLOCK), dtype=torch.float32)
+        saved = u.new_empty(saved_shape(batch, seqlen, dim, states, _groups(B, C)), dtype=torch.float32)
     if last_state.numel():
         packed, _alive = _scan_args(
             u, delta, A, B, C, D, z, delta_bias, initial_state, dt_weight, out, last_state, saved,

@@ -157,6 +157,12 @@ def _set_strided(args: ctypes.Structure, name: str, t: torch.Tensor | None) -> N
         setattr(args, f"{name}_token", t.stride(1))
 
 
+def boundary_floats(batch: int, seqlen: int, dim: int, dstate: int) -> int:
+    """Floats of one direction's boundary states, as `vim_scan_boundary_floats` counts them, for symbolic sizes too."""
+    padded = 16 if dstate <= 16 else 32 if dstate <= 32 else 64
+    return batch * -(-seqlen // TILE) * dim * padded
+
+
 def launch_forward(
     sides: list[dict], z: torch.Tensor | None, out: torch.Tensor, addend: torch.Tensor | None = None, *,
     delta_softplus: bool, scale: float, save: bool, cut: int | None = None, pairs: bool = True,

@@ -64,6 +64,14 @@ def plan(batch: int, seqlen: int, dim: int, dstate: int, groups: int, multiproce
     return Plan(blocks, tile, grad_tile, states, math.ceil(seqlen / chunk_len), chunk_len)
 
 
+def saved_shapes(x: torch.Tensor, batch: int, seqlen: int, dim: int, dstate: int, groups: int) -> list[tuple[int, ...]]:
+    """Shapes of the float32 tensors that `forward` saves for a scan of these sizes on x's device."""
+    if batch * seqlen * dim == 0:
+        return []
+    chunks = plan(batch, seqlen, dim, dstate, groups, triton_runtime.multiprocessors(x)).chunks
+    return [(batch, chunks, dstate, dim), (batch, chunks, dim)] if chunks > 1 else []
+
+
 def _plan(u: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> Plan:
     return plan(*u.shape, A.shape[1], B.shape[2], triton_runtime.multiprocessors(u))
 

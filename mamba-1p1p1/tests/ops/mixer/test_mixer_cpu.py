@@ -88,6 +88,7 @@ def test_inference_equals_training_forward():
     plain, nothing = cpu.forward(xz, directions, scale=0.5, save=False)
     assert torch.equal(kept, plain)
     assert len(saved) == 4
+    assert [(t.shape, t.dtype) for t in saved] == cpu.saved_shapes(xz, directions)
     assert nothing == []
 
 

@@ -32,7 +32,7 @@ def direction(dim: int, dstate: int, rank: int, *, reverse: bool) -> Direction:
 
 def run(module, monkeypatch, xz, directions, scale):
     """Output and all gradients through the fused module, or through the reference operators if it is None."""
-    monkeypatch.setattr(op, "_fused", lambda *args: module)
+    monkeypatch.setattr(op.backends, "fused", lambda *args: module)
     leaves = [xz, *(t for d in directions for t in vars(d).values() if isinstance(t, torch.Tensor))]
     with use_backend(None if module else "reference"):
         out = mixer(xz, directions, scale=scale)
@@ -56,8 +56,10 @@ def test_inference_matches_training(emulated, monkeypatch):
     torch.manual_seed(1)
     xz = torch.randn(1, 33, 12)
     directions = [direction(6, 8, 2, reverse=i == 1) for i in range(2)]
-    monkeypatch.setattr(op, "_fused", lambda *args: emulated)
+    monkeypatch.setattr(op.backends, "fused", lambda *args: emulated)
     trained = mixer(xz, directions)
+    _, saved = emulated.forward(xz, directions, scale=1.0, save=True)
+    assert [(t.shape, t.dtype) for t in saved] == emulated.saved_shapes(xz, directions)
     with torch.no_grad():
         assert torch.equal(mixer(xz, directions), trained.detach())
 

@@ -61,6 +61,8 @@ def test_matches_the_reference_operators(kind, chunked, dtype, monkeypatch):
     with use_backend("triton"):
         actual = outputs(xz, ways, dout)
         assert triton.why_not(xz, ways) is None
+        _, saved = triton.forward(xz.detach(), ways, scale=0.5, save=True)
+    assert [(t.shape, t.dtype) for t in saved] == triton.saved_shapes(xz, ways)
     # Float32: sums of a few hundred terms in another order, through four matrix products: 1e-5 in the norm. Bfloat16:
     # results are rounded at about ten places on either side, by up to 2^-7 in the interpreter (it cuts bits off); as
     # independent errors of half of that they come to 2^-8 * sqrt(20) = 0.017, and sums over tokens cancel.

@@ -204,6 +204,8 @@ def test_launch_arithmetic(emulated):
     assert all(query("vim_scan_backward_shared_bytes", n) <= 163 * 1024 for n in (4, 16, 32, 64))
     # Sizes past 2^31 floats are counted in 64 bits: 256 x 6085 tokens (381 tiles), 1536 channels, 16 states.
     assert query("vim_scan_boundary_floats", 256, 6085, 1536, 16) == 256 * 381 * 1536 * 16
+    for sizes in ((256, 6085, 1536, 16), (3, 16, 7, 1), (1, 17, 33, 17), (2, 1, 64, 64)):
+        assert cuda.boundary_floats(*sizes) == query("vim_scan_boundary_floats", *sizes)
     bc = 32 * 256 * 6085 * 32  # 32 blocks of 48 channels
     side = bc + 256 * 1536 * (16 + 2)
     assert query("vim_scan_backward_workspace", 256, 6085, 1536, 16, 1, 2, 0) == 2 * side
