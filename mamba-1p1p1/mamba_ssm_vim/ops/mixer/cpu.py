@@ -25,18 +25,13 @@ def why_not(xz: torch.Tensor, directions: "list[Direction]") -> str | None:
         return conv.library.reason
     if (reason := cpu_library.why_not(scan.library, xz)) is not None:
         return reason
-    first = directions[0]
-    if first.A.dtype is not torch.float32:
-        return f"A is {first.A.dtype}, not float32"
-    if first.conv_weight.shape[1] > conv.MAX_WIDTH:
-        return f"the convolution is wider than {conv.MAX_WIDTH}"
+    for p in directions:
+        for name, A, _ in p.scans():
+            if A.dtype is not torch.float32:
+                return f"{name} is {A.dtype}, not float32"
+        if p.conv_weight.shape[1] > conv.MAX_WIDTH:
+            return f"the convolution is wider than {conv.MAX_WIDTH}"
     return None
-
-
-def _scans(p: "Direction") -> list[tuple[torch.Tensor, bool, str]]:
-    """(A, reverse, A's name) of each scan over one convolved input."""
-    scans = [(p.A, p.reverse, "A")]
-    return scans if p.A_back is None else [*scans, (p.A_back, not p.reverse, "A_back")]
 
 
 def _split(x_dbl: torch.Tensor, rank: int, states: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -51,7 +46,7 @@ def saved_shapes(xz: torch.Tensor, directions: "list[Direction]") -> list[tuple[
     for p in directions:
         rank, states = p.dt_proj_weight.shape[1], p.A.shape[1]
         shapes.append(((batch, seqlen, rank + 2 * states), xz.dtype))
-        shapes += [(scan.saved_shape(batch, seqlen, width // 2, states, 1), torch.float32) for _ in _scans(p)]
+        shapes += [(scan.saved_shape(batch, seqlen, width // 2, states, 1), torch.float32) for _ in p.scans()]
     return shapes
 
 
@@ -71,7 +66,7 @@ def forward(
         low_rank, B, C = _split(x_dbl, p.dt_proj_weight.shape[1], p.A.shape[1])
         if save:
             saved.append(x_dbl)
-        for A, reverse, _ in _scans(p):
+        for _, A, reverse in p.scans():
             out, _, states = scan.forward(
                 u, low_rank, A, B, C, p.D, z, p.dt_bias, None, delta_softplus=True, reverse=reverse,
                 out_scale=scale, out=out, accumulate=out is not None, save=save, dt_weight=p.dt_proj_weight,
@@ -96,7 +91,7 @@ def backward(
         low_rank, B, C = _split(x_dbl, rank, states)
         grads: dict[str, torch.Tensor | None] = {}
         dx_dbl = torch.empty(x_dbl.shape, dtype=torch.float32)
-        for number, (A, reverse, name) in enumerate(_scans(p)):
+        for number, (name, A, reverse) in enumerate(p.scans()):
             first = number == 0
             part = dx_dbl if first else torch.empty_like(dx_dbl)
             dlow_rank, dB, dC = _split(part, rank, states)

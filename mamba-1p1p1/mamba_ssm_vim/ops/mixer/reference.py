@@ -48,6 +48,11 @@ class Direction:
     reverse: bool = False
     A_back: torch.Tensor | None = None
 
+    def scans(self) -> list[tuple[str, torch.Tensor, bool]]:
+        """(field name of A, A, reverse) of each scan over the convolved input."""
+        scans = [("A", self.A, self.reverse)]
+        return scans if self.A_back is None else [*scans, ("A_back", self.A_back, not self.reverse)]
+
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Direction))
 

@@ -34,21 +34,13 @@ def _split(low_rank: torch.Tensor, direction) -> tuple[torch.Tensor, torch.Tenso
     return F.linear(dt, direction.dt_proj_weight.to(dt.dtype)), B.unsqueeze(2), C.unsqueeze(2)
 
 
-def _passes(direction) -> list[tuple[str, torch.Tensor, bool]]:
-    """(name of A, A, reverse) of each scan of the convolved input: one, or both ways for "v1"."""
-    scans = [("A", direction.A, direction.reverse)]
-    if direction.A_back is not None:
-        scans.append(("A_back", direction.A_back, not direction.reverse))
-    return scans
-
-
 def saved_shapes(xz: torch.Tensor, directions: list) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of each tensor that `forward` saves."""
     (batch, seqlen, width), shapes = xz.shape, []
     for direction in directions:
         rank, dstate = direction.dt_proj_weight.shape[1], direction.A.shape[1]
         shapes.append(((batch, seqlen, rank + 2 * dstate), xz.dtype))
-        for _ in _passes(direction):
+        for _ in direction.scans():
             shapes += [(s, torch.float32) for s in scan.saved_shapes(xz, batch, seqlen, width // 2, dstate, 1)]
     return shapes
 
@@ -62,7 +54,7 @@ def forward(xz: torch.Tensor, directions: list, *, scale: float, save: bool) -> 
         low_rank = F.linear(u, direction.x_proj_weight.to(xz.dtype))
         kept.append(low_rank)
         delta, B, C = _split(low_rank, direction)
-        for _, A, reverse in _passes(direction):
+        for _, A, reverse in direction.scans():
             out, _, states = scan.forward(
                 u, delta, A, B, C, direction.D, z, direction.dt_bias, None,
                 delta_softplus=True, reverse=reverse, out_scale=scale, out=out, accumulate=out is not None, save=save,
@@ -80,7 +72,7 @@ def backward(
     dx, dz = dxz.chunk(2, dim=-1)
     dout = dout.to(xz.dtype)
     saved = list(saved)
-    count = sum(len(_passes(direction)) for direction in directions)
+    count = sum(len(direction.scans()) for direction in directions)
     with_states = (len(saved) - len(directions)) // count  # tensors per scan: 0, or 2 if it was cut in chunks
     grads, touched = [], False
     for index, direction in enumerate(directions):
@@ -89,7 +81,7 @@ def backward(
         delta, B, C = _split(low_rank, direction)
         total = None
         named: dict[str, torch.Tensor | None] = {}
-        for name, A, reverse in _passes(direction):
+        for name, A, reverse in direction.scans():
             states, saved = saved[:with_states], saved[with_states:]
             found = scan.backward(
                 dout, None, u, delta, A, B, C, direction.D, z, direction.dt_bias, None, states,

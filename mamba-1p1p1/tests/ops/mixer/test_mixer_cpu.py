@@ -103,3 +103,13 @@ def test_wrong_shapes_are_named(name):
         mixer(xz, [dataclasses.replace(direction, **{name: getattr(direction, name).to("meta")})])
     with pytest.raises(ValueError, match="xz must be"):
         mixer(xz[..., :-1], [direction])
+
+
+def test_declines_by_any_direction_not_by_the_first_alone():
+    xz = torch.randn(1, 5, 32)
+    first, second = (make_direction(16, 4, 2, torch.float32, reverse=reverse) for reverse in (False, True))
+    assert cpu.why_not(xz, [first, second]) is None
+    assert "A is torch.float64" in cpu.why_not(xz, [first, dataclasses.replace(second, A=second.A.double())])
+    assert "A_back is torch.float64" in cpu.why_not(xz, [dataclasses.replace(first, A_back=first.A.double())])
+    wide = dataclasses.replace(second, conv_weight=torch.randn(16, 17))
+    assert "wider than 16" in cpu.why_not(xz, [first, wide])
