@@ -2,8 +2,8 @@
 
 python scripts/plot_merging.py output/quickstart/checkpoint.pth --picture assets/merging.png
 
-Prints a Markdown table and draws it. The checkpoint is one of main.py's; its evaluation set is read again. Speeds are of
-forward passes alone, medians over rounds in which every ratio takes its turn.
+Prints a Markdown table and draws it. The checkpoint is one of main.py's; its evaluation set is read again. Speeds are
+of forward passes alone, medians over rounds in which every ratio takes its turn.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--picture", type=Path, default=None, help="where to draw the curve")
     args = parser.parse_args(argv)
     checkpoint = load_checkpoint(args.checkpoint)
-    flags = parse_args(["--eval", "--resume", str(args.checkpoint)], checkpoint["args"])
+    flags = parse_args(["--eval", "--resume", str(args.checkpoint)], {**checkpoint["args"], "config": None})
     _, data, num_classes = build_datasets(flags)
     images, targets = zip(*(data[i] for i in range(len(data))), strict=True)
     models = {}

@@ -18,7 +18,9 @@ LAUNCHERS = sorted(p.name for p in SCRIPTS.glob("*-vim-?.sh"))
 
 def run(script: str, *argv: str, **variables: str) -> subprocess.CompletedProcess:
     env = {
-        k: v for k, v in os.environ.items() if k not in ("DATA", "OUTPUT", "GPUS", "NODES", "FINETUNE", "CKPT", "MODEL")
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("DATA", "OUTPUT", "GPUS", "NODES", "FINETUNE", "CKPT", "MODEL", "STAGE")
     }
     env |= {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", **variables}
     return subprocess.run(
@@ -86,6 +88,24 @@ def test_embedded_set_needs_no_data():
     done = run("ft-vim-t.sh", "--config", "recipes/ft-nano.yaml", "--data-set", "FMNIST", "--dry-run", FINETUNE="a.pth")
     assert done.returncode == 0, done.stderr
     assert "--data-path" not in done.stdout
+
+
+@pytest.mark.parametrize(("stage", "size", "epochs"), [("1", 128, 300), ("2", 224, 100), ("3", 224, 20)])
+def test_stages_of_mambar(stage, size, epochs, tmp_path, monkeypatch):
+    """The published stages; all but the first need the checkpoint before."""
+    done = run("pt-mambar-b.sh", "--dry-run", DATA=str(tmp_path), FINETUNE="a.pth", STAGE=stage, GPUS="1")
+    command = shlex.split(done.stdout)
+    monkeypatch.chdir(SCRIPTS.parent / "vim")
+    args = parse_args(command[command.index("main.py") + 1 :])
+    assert (args.model, args.epochs, bool(args.finetune)) == ("mambar_base_patch16_224", epochs, stage != "1")
+    assert args.input_size in (size, (size, size), [size, size])
+    done = run("pt-mambar-b.sh", "--dry-run", DATA=str(tmp_path), STAGE=stage, GPUS="1")
+    assert (done.returncode == 2) is (stage != "1"), done.stderr
+
+
+def test_other_stages_are_refused(tmp_path):
+    done = run("pt-mambar-b.sh", "--dry-run", DATA=str(tmp_path), STAGE="4")
+    assert (done.returncode, done.stderr) == (2, "error: STAGE is 4, expected 1, 2 or 3\n")
 
 
 @pytest.mark.slow
