@@ -134,7 +134,8 @@ def test_compile_and_export() -> None:
     model = timm.create_model("vim_nano_patch4_32").eval()
     x = images(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), model(x), **CLOSE)
+    # The fused mixer is in the graph: the same kernels in the same order.
+    assert torch.equal(compiled(x), model(x))
     compiled(x).sum().backward()
     exported = torch.export.export(model, (x,), dynamic_shapes={"x": {0: torch.export.Dim("batch")}})
     five = torch.randn(5, 3, 32, 32)

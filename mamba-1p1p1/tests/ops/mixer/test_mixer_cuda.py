@@ -64,6 +64,25 @@ def test_inference_matches_training(emulated, monkeypatch):
         assert torch.equal(mixer(xz, directions), trained.detach())
 
 
+def test_compiled_graph_is_the_eager_mixer(emulated, monkeypatch):
+    """The shapes that the backend says it saves carry a graph from its forward to its backward, for any batch."""
+    torch._dynamo.reset()
+    torch.manual_seed(3)
+    monkeypatch.setattr(emulated, "why_not", lambda *args: None)
+    monkeypatch.setattr(op.backends, "fused", lambda *args: emulated)
+    directions = [direction(6, 8, 2, reverse=i == 1) for i in range(2)]
+    compiled = torch.compile(lambda xz: mixer(xz, directions, scale=0.5), backend="aot_eager", fullgraph=True)
+    for batch in (2, 3):
+        xz = torch.randn(batch, 33, 12, requires_grad=True)
+        leaves = [xz, *(t for d in directions for t in vars(d).values() if isinstance(t, torch.Tensor))]
+        for a, e in zip(
+            *([out, *torch.autograd.grad(out.square().sum(), leaves)]
+              for out in (compiled(xz), mixer(xz, directions, scale=0.5))),
+            strict=True,
+        ):  # fmt: skip
+            assert torch.equal(a, e)
+
+
 def test_bfloat16_stays_near_float32(emulated, monkeypatch):
     torch.manual_seed(2)
     xz = torch.randn(1, 40, 16, requires_grad=True)
