@@ -5,11 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
 from vim.engine.run import main, run
 from vim.models import load_checkpoint
+from vim.models.masked import MaskedPretraining
 
 SIZES = ["--model", "arm_base_patch16_224", "--model-kwargs", "patch_size=2", "embed_dim=16", "depth=12",
          "--input-size", "24", "--in-chans", "1"]  # fmt: skip
@@ -53,11 +55,54 @@ def test_pretrain_resume_finetune(folder: Path, tmp_path: Path) -> None:
     assert torch.equal(state["layers.3.mlp.w1.weight"], pretrained["layers.3.mlp.w1.weight"])
 
 
+MASKED = ["--model", "fastvim_tiny_patch16_224", "--model-kwargs", "patch_size=4", "embed_dim=16", "depth=2",
+          "pad_patches=False", "--input-size", "24", "--in-chans", "1"]  # fmt: skip
+
+
+def test_masked_pretraining_and_finetuning(folder: Path, tmp_path: Path) -> None:
+    data = [*PLAIN, "--data-path", str(folder)]
+    record = run([*MASKED, *data, "--pretrain", "masked", "--epochs", "1", "--output-dir", str(tmp_path / "pt")])
+    assert 0.5 < record["test_loss"] < 2
+    pretrained = load_checkpoint(tmp_path / "pt" / "checkpoint.pth")["model"]
+    still = ["--lr", "0", "--unscale-lr", "--warmup-lr", "0", "--min-lr", "0", "--epochs", "1"]
+    tuned = ["--finetune", str(tmp_path / "pt" / "checkpoint.pth"), "--output-dir", str(tmp_path / "tuned")]
+    run([*MASKED, *data, *still, *tuned])
+    state = load_checkpoint(tmp_path / "tuned" / "checkpoint.pth")["model"]
+    assert all(torch.equal(tensor, pretrained[f"backbone.{name}"]) for name, tensor in state.items())
+
+
+def test_masked_loss() -> None:
+    """Blank patches alone count; their pixels reach neither the encoder nor, through it, the prediction."""
+    torch.manual_seed(0)
+    backbone = timm.create_model("vim_nano_patch4_32", depth=2, img_size=16, in_chans=1)
+    model = MaskedPretraining(backbone).eval()
+    x = torch.randn(2, 1, 16, 16)
+    mask = model.mask(x)
+    assert mask.sum(1).tolist() == [10, 10]  # 60 % of 16, rounded
+    assert torch.equal(model.patches(x)[0, 5], x[0, 0, 4:8, 4:8].flatten())
+    assert model(x).shape == (2, 10)
+    with torch.no_grad():
+        model.predict.weight.zero_()
+        model.predict.bias.zero_()
+    # Nothing predicted: the mean square of values with unbiased variance 1, times 15 / 16.
+    torch.testing.assert_close(model(x), torch.full((2, 10), 15 / 16), rtol=0, atol=1e-4)
+    seen = x.clone().requires_grad_()
+    blank = mask.view(2, 1, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    backbone.forward_features(seen.masked_fill(blank, 0.0)).square().sum().backward()
+    assert (seen.grad[blank] == 0).all()
+    assert (seen.grad[~blank] != 0).any()
+    model.train()
+    assert not torch.equal(model.mask(x), model.mask(x))
+    with pytest.raises(ValueError, match="neither overlap"):
+        MaskedPretraining(timm.create_model("vim_nano_patch4_stride2_32", depth=1))
+
+
 @pytest.mark.parametrize(("more", "words"), [
     (["--model", "vim_nano_patch4_32", "--model-kwargs", "depth=2"], "ARM's models, and vim_nano_patch4_32 is none"),
     (["--input-size", "28"], "must be (24, 24), got (28, 28)"),
     (["--decoder-dim", "60"], "multiple of 64"),
     (["--eval", "--resume", "a.pth"], "--eval measures a classifier"),
+    (["--pretrain", "masked", "--model", "resnet18", "--model-kwargs", "cardinality=1"], "for Vision Mamba models"),
     (["--pretrain", "jepa"], "invalid choice: 'jepa'"),
 ])  # fmt: skip
 def test_refusals(folder: Path, more: list[str], words: str, capsys) -> None:

@@ -16,20 +16,26 @@ from vim.engine.training import autocast
 from vim.errors import UserError
 from vim.models import VisionMamba
 from vim.models.arm import ArmPretraining
-
-PRETRAININGS = ("none", "arm")
+from vim.models.masked import MaskedPretraining
 
 
 def build_pretraining(classifier: nn.Module, args: argparse.Namespace) -> nn.Module:
     """The model that pretrains the encoder of a classifier.
 
     Args:
-        classifier: as `--model` and `--model-kwargs` say; its sizes alone are used.
+        classifier: as `--model` and `--model-kwargs` say; ARM's pretraining uses its sizes alone.
         args: parsed flags.
 
     Raises:
         UserError: the classifier is of another architecture, or has another size.
     """
+    if args.pretrain == "masked":
+        if not isinstance(classifier, VisionMamba):
+            raise UserError(f"--pretrain masked is for Vision Mamba models, and {args.model} is none: leave it out")
+        try:
+            return MaskedPretraining(classifier)
+        except ValueError as error:
+            raise UserError(f"--pretrain masked: {error}") from error
     if not isinstance(classifier, VisionMamba) or not hasattr(classifier.layers[0], "mlp"):
         raise UserError(
             f"--pretrain arm is for ARM's models, and {args.model} is none: use --model arm_base_patch16_224"

@@ -1,7 +1,7 @@
 """Merging similar tokens at inference: bipartite soft matching (ToMe, arXiv 2210.09461) with the order of tokens kept.
 
-Keeping the order is what scans need (Famba-V, arXiv 2409.09808). Special tokens are left alone, and the patches between two
-of them are merged among themselves, so that special tokens stand at the same index in every sample.
+Keeping the order is what scans need (Famba-V, arXiv 2409.09808). Special tokens are left alone, and the patches between
+two of them are merged among themselves, so that special tokens stand at the same index in every sample.
 """
 
 import torch

@@ -165,7 +165,11 @@ _CONSTRUCTORS = (
     ("arm_finetune", r"(?:finetune\.)?arm_(\w+)_pz16"),
     ("arm_pretrain", r"pretrain\.arm_(\w+)_pz16"),
 )
-_CLASSES = ("VisionMamba", "ARM", "MambaR")
+_CLASSES = {
+    "VisionMamba": "mambar", "fastvim.VisionMamba": "fastvim", "vim.VisionMamba": "vim_layernorm",
+    "image.VisionMamba": "videomamba", "video.VisionMamba": "videomamba", "finetune.ARM": "arm_finetune",
+    "pretrain.VisionMamba": "arm_pretrain",
+}  # fmt: skip
 
 
 def from_published(architecture: str, model: str | None = None, **arguments: Any) -> nn.Module:
@@ -194,7 +198,7 @@ def from_published(architecture: str, model: str | None = None, **arguments: Any
 def translate_arguments(architecture: str, model: str | None = None, **arguments: Any) -> dict[str, Any]:
     """The arguments of this project's class that `from_published` builds; see there."""
     translate, defaults = _ARCHITECTURES[architecture]
-    if model is not None and model.rpartition(".")[2] not in _CLASSES:
+    if model is not None and model not in _CLASSES:
         match = re.fullmatch(dict(_CONSTRUCTORS).get(architecture, ""), model)
         size = match.group(1) if match else model
         if size not in (sizes := _SIZES.get(architecture, {})):
@@ -210,6 +214,8 @@ def translate_arguments(architecture: str, model: str | None = None, **arguments
 
 
 def _of_constructor(name: str) -> str:
+    if name in _CLASSES:
+        return _CLASSES[name]
     for architecture, pattern in _CONSTRUCTORS:
         if re.fullmatch(pattern, name):
             return architecture
