@@ -1,12 +1,12 @@
-"""Vision Mamba on a GPU in one command: are the kernels right, how fast are they, and how fast are the models.
+"""Vision Mamba on a GPU in one command: how fast are the kernels, and how fast are the models.
 
-    python benchmarks/gpu.py [--only check,kernels,mixer,models,sweep] [--quick] [--out gpu-results]
+    python benchmarks/gpu.py [--only kernels,mixer,models,sweep] [--quick] [--out gpu-results]
     TRITON_INTERPRET=1 python benchmarks/gpu.py --tiny        # on a CPU, to see that everything runs
 
 Writes results.csv (after every section) and sweep.png, and ends with a table. Times are medians of CUDA events; kernels
 and small batches are replayed from CUDA graphs. The floor of a kernel is the larger of its bytes over the bandwidth of
 a large copy and its special-function operations (exp2, log2, reciprocal) over their measured rate. A section that fails
-says so and the others go on. The exit status is 1 if a check failed.
+says so and the others go on, and the exit status is 1. `pytest -m gpu` checks the same kernels' results.
 """
 
 import argparse
@@ -26,12 +26,12 @@ import torch.nn.functional as F
 from causal_conv1d_vim.conv import backends as conv_backends
 from causal_conv1d_vim.runtime import triton as triton_runtime
 from causal_conv1d_vim.runtime.backend import use_backend
-from gpu_checks import N, available, check, directions, mixer_step, scan_inputs, short
+from gpu_kernels import N, available, directions, mixer_step, scan_inputs, short
 from mamba_ssm_vim.ops.mixer import mixer
 from mamba_ssm_vim.ops.norm import backends as norm_backends
 from mamba_ssm_vim.ops.selective_scan import backends as scan_backends
 
-SECTIONS = ("check", "kernels", "mixer", "models", "sweep")
+SECTIONS = ("kernels", "mixer", "models", "sweep")
 COLUMNS = ("section", "what", "backend", "dtype", "batch", "size", "ms", "images_s", "peak_gb", "of_floor", "note")
 RESOLUTIONS = (512, 640, 738, 1024, 1248)
 
@@ -45,7 +45,6 @@ class Bench:
         self.gpu = self.device == "cuda"
         self.rows: list[dict] = []
         self.failures: list[str] = []
-        self.judged = 0  # tensors compared
         self.started = time.monotonic()
         self.bandwidth = self.special_rate = None
 
@@ -401,14 +400,6 @@ def table(bench: Bench) -> None:
     print("\n".join(bench.failures) or "no failures")
 
 
-def part(text: str) -> tuple[int, int]:
-    """ "I/N" as two numbers, 1 <= I <= N."""
-    number, count = (int(n) for n in text.split("/"))
-    if not 1 <= number <= count:
-        raise ValueError(text)
-    return number, count
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default=",".join(SECTIONS), help=f"sections, of {', '.join(SECTIONS)}")
@@ -417,8 +408,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder for results.csv and sweep.png")
     parser.add_argument("--seconds", type=float, default=330, help="start nothing new after this time")
     parser.add_argument("--sweep-batch", type=int, default=32, help="images per batch of the sweep")
-    parser.add_argument("--part", type=part, default=(1, 1), metavar="I/N", help="every N-th check, from the I-th: "
-                        "N processes, one for each I, share the time that compiling takes")  # fmt: skip
     options = parser.parse_args(argv)
     wanted = options.only.split(",")
     if unknown := set(wanted) - set(SECTIONS):
@@ -431,7 +420,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.backends.cudnn.benchmark = True  # the patch convolution, of Vim and DeiT alike
     triton_runtime.interpreting()
     describe(bench)
-    for name, section in zip(SECTIONS, (check, kernels, mixers, models, sweep), strict=True):
+    for name, section in zip(SECTIONS, (kernels, mixers, models, sweep), strict=True):
         if name not in wanted or not bench.spare():
             continue
         print(f"{name}: {section.__doc__}", flush=True)
