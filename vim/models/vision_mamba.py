@@ -316,7 +316,7 @@ class VisionMamba(TimmContract):
         if torch.jit.is_scripting():
             layers = self.layers
         else:
-            layers = self.layers[:depth]
+            layers = list(self.layers)[:depth]  # a slice would be a new ModuleList, at a percent of a forward pass
         for i, layer in enumerate(layers):
             second = self.if_bidirectional and i % 2 == 1
             if second:
