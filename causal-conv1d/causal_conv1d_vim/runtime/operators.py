@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch._decomp
-import torch.onnx
+from torch.onnx import register_custom_op_symbolic, symbolic_helper
 
 from causal_conv1d_vim.runtime.autodiff import recording
 
@@ -200,6 +200,6 @@ def register(
     _library.impl(name, lambda *args: function.apply(*args), "FuncTorchDynamicLayerFrontMode")
     if onnx is not None:
         torch._decomp.register_decomposition(op)(onnx.decomposition)
-        parse = torch.onnx.symbolic_helper.parse_args(*(_PARSED.get(str(a.type), "v") for a in op._schema.arguments))
-        torch.onnx.register_custom_op_symbolic(f"{_NAMESPACE}::{name}", parse(onnx.symbolic), _ONNX_OPSET)
+        parse = symbolic_helper.parse_args(*(_PARSED.get(str(a.type), "v") for a in op._schema.arguments))
+        register_custom_op_symbolic(f"{_NAMESPACE}::{name}", parse(onnx.symbolic), _ONNX_OPSET)
     return op
