@@ -9,6 +9,7 @@ import torch
 
 import vim
 from vim.models.layout import split_tokens
+from vim.models.patch_embed import PatchEmbed
 
 # FACTS of the paper and the published files.
 PARAMETERS = {
@@ -197,3 +198,20 @@ def test_gradient_checkpointing_changes_nothing(nano):
     nano.set_grad_checkpointing(False)
     for plain, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(recomputed, plain)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (48, 32), (37, 50)])
+@pytest.mark.parametrize("column_major", [False, True])
+def test_patches_as_a_matrix_product(size, column_major):
+    """What GPUs compute in place of the convolution; pixels beyond the last whole patch are left out by both."""
+    embed = PatchEmbed(size, 16, 16, 3, 24, column_major=column_major, dtype=torch.float64)
+    images = torch.randn(2, 3, *size, dtype=torch.float64)
+    torch.testing.assert_close(embed._multiply(images), embed(images), rtol=0, atol=1e-12)
+
+
+def test_patches_are_convolved_where_something_is_attached():
+    embed = PatchEmbed(32, 16, 16, 3, 24)
+    assert embed._is_matrix_product()
+    assert not PatchEmbed(32, 16, 8, 3, 24)._is_matrix_product()
+    embed.proj.register_forward_hook(lambda *_: None)
+    assert not embed._is_matrix_product()

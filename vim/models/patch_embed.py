@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from mamba_ssm_vim.modules.plain import is_plain
 from timm.layers import resample_patch_embed, to_2tuple
 from timm.models import register_notrace_module
 from torch import nn
@@ -107,10 +108,26 @@ class PatchEmbed(nn.Module):
             x = F.pad(x, (0, -width % self.patch_size[1], 0, -height % self.patch_size[0]))
         elif height < self.patch_size[0] or width < self.patch_size[1]:
             raise ValueError(f"images of {height} × {width} are smaller than the patch size {self.patch_size}")
+        if not torch.jit.is_scripting() and x.is_cuda and self._is_matrix_product():
+            return self._multiply(x)
         x = self.proj(x)
         if self.column_major:
             x = x.transpose(-2, -1)
         return x.flatten(2).transpose(1, 2)
+
+    @torch.jit.unused
+    def _is_matrix_product(self) -> bool:
+        return not self.tubelet and self.stride == self.patch_size and is_plain(self.proj)
+
+    @torch.jit.unused
+    def _multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """The convolution of patches that do not overlap as a matrix product, which GPUs do far faster."""
+        (patch_height, patch_width), (height, width) = self.patch_size, x.shape[-2:]
+        rows, columns = height // patch_height, width // patch_width
+        x = x[..., : rows * patch_height, : columns * patch_width]
+        x = x.unflatten(3, (columns, patch_width)).unflatten(2, (rows, patch_height))
+        order = (0, 4, 2, 1, 3, 5) if self.column_major else (0, 2, 4, 1, 3, 5)
+        return F.linear(x.permute(order).flatten(3).flatten(1, 2), self.proj.weight.flatten(1), self.proj.bias)
 
     @torch.jit.ignore
     def resized(self, patch_size: tuple[int, int], img_size: tuple[int, int]) -> "PatchEmbed":

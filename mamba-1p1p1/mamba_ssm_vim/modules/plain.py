@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from mamba_ssm_vim.ops.norm import RMSNorm
 
-_CLASSES = (nn.Linear, nn.Conv1d, nn.LayerNorm, RMSNorm)
+_CLASSES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.LayerNorm, RMSNorm)
 # Tensors whose values or names a compiler keeps; other subclasses (quantised, distributed) compute in their own way.
 _TENSORS = (nn.Parameter, torch.Tensor, FakeTensor, FunctionalTensor)
 

@@ -111,11 +111,12 @@ def chunk_tiles(warps: int, seqlen: int, multiprocessors: int) -> int:
 
     Cutting makes every exponential twice, so it pays only where the `warps` of the uncut grid leave the chip mostly
     idle: fewer than one for each of a multiprocessor's four schedulers, and at least 512 tokens to share out. Cut,
-    there are up to 16 per multiprocessor; chunks have 128 tokens or more.
+    there are up to 40 per multiprocessor, some more than fit at a time, which evens out the end; chunks have 128 tokens
+    or more.
     """
     if warps >= 4 * multiprocessors or seqlen < 512:
         return 0
-    wanted = math.ceil(16 * multiprocessors / warps)
+    wanted = math.ceil(40 * multiprocessors / warps)
     return max(8, math.ceil(math.ceil(seqlen / TILE) / wanted))
 
 
