@@ -30,9 +30,9 @@ from rich.table import Table
 
 from vim.data import build_datasets, build_loaders, seed_all
 from vim.engine.arguments import parse_args
-from vim.engine.build import build_model, build_objective, build_training
+from vim.engine.build import build_criterion, build_model, build_training
 from vim.engine.checkpoints import CheckpointManager
-from vim.engine.distributed import choose_place, largest_over_ranks
+from vim.engine.distributed import choose_context, largest_over_ranks
 from vim.engine.reporting import Reporter
 from vim.engine.training import train_one_epoch
 
@@ -54,7 +54,7 @@ class Synthetic:
     """The same batch on the device `steps` times, with the interface of a training loader."""
 
     def __init__(self, args: argparse.Namespace, classes: int, device: torch.device, steps: int) -> None:
-        shape = (args.batch_size, args.in_chans, args.input_size, args.input_size)
+        shape = (args.batch_size, args.in_chans, *args.image_size)
         self.batch = torch.randn(shape, device=device), torch.randint(classes, shape[:1], device=device)
         self.steps = steps
 
@@ -115,24 +115,24 @@ def make_jpegs(folder: Path, count: int, classes: int = 1000) -> int:
 def work(case: dict[str, object], flags: list[str]) -> None:
     """One process of a case; the first writes what was measured."""
     args = parse_args(flags)
-    place = choose_place(args)
+    context = choose_context(args)
     seed_all(args.seed)
     if case["input"] == "synthetic":
         classes = 1000
-        loader: object = Synthetic(args, classes, place.device, int(case["steps"]))
+        loader: object = Synthetic(args, classes, context.device, int(case["steps"]))
     else:
         train_set, eval_set, classes = build_datasets(args)
-        loader, _ = build_loaders(args, train_set, eval_set, world_size=place.world_size, rank=place.rank)
+        loader, _ = build_loaders(args, train_set, eval_set, world_size=context.world_size, rank=context.rank)
         loader = Cut(loader, int(case["steps"]))
-    model = build_model(args, classes).to(place.device)
-    state = build_training(model, args, place, classes)
-    objective = build_objective(args, place, classes)
-    reporter, manager = Reporter(None, args, enabled=False), CheckpointManager(None, args, place)
+    model = build_model(args, classes).to(context.device)
+    state = build_training(model, args, context)
+    criterion = build_criterion(args, context, classes)
+    reporter, manager = Reporter(None, args, enabled=False), CheckpointManager(None, args, context)
     for _ in range(2):
-        record = train_one_epoch(state, loader, objective, args, place, reporter, manager)
+        record = train_one_epoch(state, loader, criterion, args, context, reporter, manager)
         state.next_epoch()
-    memory = largest_over_ranks(round(record["train_memory_mib"]), place)
-    if place.is_main:
+    memory = largest_over_ranks(round(record["train_memory_mib"]), context)
+    if context.is_main:
         measured = {
             "images_per_s": record["train_images_per_s"], "memory_mib": memory,
             "wait_share": record["train_data_wait_s"] / record["train_s"],

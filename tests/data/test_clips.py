@@ -1,6 +1,5 @@
 """Clips: which frames are sampled, what is read, one transform for all frames, and a training that needs time."""
 
-import argparse
 import importlib.util
 import json
 import sys
@@ -16,6 +15,7 @@ from vim.data.datasets import build_dataset
 from vim.engine.arguments import parse_args
 from vim.engine.run import main, run
 from vim.errors import UserError
+from vim.flags import Flags
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -38,7 +38,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def flags(folder: Path, *more: str) -> argparse.Namespace:
+def flags(folder: Path, *more: str) -> Flags:
     common = ["--data-set", "CLIPS", "--data-path", str(folder), "--num-frames", "3", "--input-size", "24"]
     return parse_args([*common, *more])
 

@@ -16,6 +16,7 @@ from vim.data import images as images_module
 from vim.data.images import BadImageError, decode
 from vim.engine import run
 from vim.errors import UserError
+from vim.flags import MAX_IMAGE_PIXELS
 
 
 def spoil(folder, *names):
@@ -201,7 +202,7 @@ def test_images_beyond_the_limit(parsed, colours, workers):
         else:
             with pytest.raises(UserError, match=words):
                 list(loader)
-    images_module.limit_pixels(images_module.MAX_IMAGE_PIXELS)
+    images_module.limit_pixels(MAX_IMAGE_PIXELS)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")

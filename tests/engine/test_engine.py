@@ -9,13 +9,14 @@ import torch
 
 from vim.data import build_datasets, build_loaders
 from vim.engine import checkpoints, run, training
-from vim.engine.arguments import parse_args, parse_interval
+from vim.engine.arguments import parse_args
 from vim.engine.build import build_model, build_training
 from vim.engine.checkpoints import CheckpointManager
-from vim.engine.distributed import Place
+from vim.engine.distributed import DistributedContext
 from vim.errors import UserError
+from vim.flags import parse_interval
 
-PLACE = Place(torch.device("cpu"))
+CONTEXT = DistributedContext(torch.device("cpu"))
 NANO = (
     "--model", "vim_nano_patch4_32", "--input-size", "32", "--batch-size", "8", "--num_workers", "0", "--device", "cpu",
     "--warmup-epochs", "0", "--aa", "none", "--no-repeated-aug", "--epochs", "1",
@@ -46,7 +47,7 @@ def test_clipping():
 
     def clipped(*argv):
         args = parse_args([*NANO, *map(str, argv)])
-        state = build_training(build_model(args, 3), args, PLACE, 3)
+        state = build_training(build_model(args, 3), args, CONTEXT)
         generator = torch.Generator().manual_seed(0)
         grads = {n: torch.randn(p.shape, generator=generator) for n, p in state.model.named_parameters()}
         for name, parameter in state.model.named_parameters():
@@ -207,7 +208,7 @@ def test_checkpoint_interval(tree, tmp_path, monkeypatch):
             parse_interval(text)
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    manager = CheckpointManager(None, parse_args(flags(tree, "--checkpoint-interval", "10min")), PLACE)
+    manager = CheckpointManager(None, parse_args(flags(tree, "--checkpoint-interval", "10min")), CONTEXT)
     assert not manager.due(1000)
     now[0] += 601
     assert manager.due(1)

@@ -1,8 +1,9 @@
 """Every flag: its published name and default, its row in docs/training.md, and what it changes."""
 
-import argparse
 import csv
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,14 +14,15 @@ from torchvision import transforms as tv
 
 from vim.data import build_datasets, build_loaders, seed_all
 from vim.data.transforms import build_transform
-from vim.engine.arguments import build_parser, parse_args
-from vim.engine.build import build_model, build_objective, build_training
-from vim.engine.distributed import Place, choose_place
+from vim.engine.arguments import build_parser, documentation, parse_args
+from vim.engine.build import build_criterion, build_model, build_training
+from vim.engine.distributed import DistributedContext, choose_context
 from vim.engine.training import model_options
 from vim.errors import UserError
+from vim.flags import GROUPS, Flags, flag_table
 
 REPOSITORY = Path(__file__).parents[2]
-PLACE = Place(torch.device("cpu"))
+CONTEXT = DistributedContext(torch.device("cpu"))
 NANO = (
     "--model", "vim_nano_patch4_32", "--input-size", "32", "--data-set", "FMNIST", "--device", "cpu", "--batch-size",
     "64", "--num_workers", "0",
@@ -33,7 +35,7 @@ def parsed(*argv):
 
 def training(*argv):
     args = parsed(*argv)
-    return build_training(build_model(args, 10), args, PLACE, 10)
+    return build_training(build_model(args, 10), args, CONTEXT)
 
 
 # Names, defaults and documentation
@@ -44,7 +46,7 @@ def published():
         return list(csv.DictReader(file, delimiter="\t"))
 
 
-def flags_of_parser():
+def by_spelling():
     """Actions of the parser by each of their spellings, help left out."""
     return {s: a for a in build_parser()._actions for s in a.option_strings if s not in ("-h", "--help")}
 
@@ -52,53 +54,90 @@ def flags_of_parser():
 @pytest.mark.parametrize("row", published(), ids=lambda row: row["flags"])
 def test_published_flag(row):
     """Each published flag is there under its names, in both spellings, with its default, type, choices and count."""
-    flags = flags_of_parser()
-    names = row["flags"].split()
-    action = flags[names[0]]
+    actions, names = by_spelling(), row["flags"].split()
+    action = actions[names[0]]
     for name in names:
         word = name.removeprefix("--")
-        assert flags[name] is flags["--" + word.replace("-", "_")] is flags["--" + word.replace("_", "-")] is action
+        assert actions[name] is actions["--" + word.replace("-", "_")] is actions["--" + word.replace("_", "-")]
+        assert actions[name] is action
     kind = row["type"]
-    if kind.startswith("switch"):
-        assert action.nargs == 0
-        if names != ["--no_amp"]:
-            assert action.const is kind.startswith("switch:true")
-            assert action.default is (row["default"] == "True")
+    if names == ["--no_amp"]:
+        assert (action.nargs, parsed("--no_amp").if_amp) == (0, False)
         return
-    assert action.default == (None if row["default"] == "None" else (action.type or str)(row["default"].strip("'")))
-    assert (action.type or str).__name__ == kind
-    assert action.nargs == (row["nargs"] or None)
-    assert set(re.findall(r"'(\w+)'", row["choices"])) <= {*(action.choices or ()), "CIFAR", "IMNET", "INAT", "INAT19"}
+    flag, default = flag_table()[action.dest], getattr(Flags(), action.dest)
+    if kind.startswith("switch"):
+        value, dest = kind.removeprefix("switch:").split("->")
+        assert (action.nargs, action.const, action.dest) == (0, value == "true", dest)
+        assert default is (row["default"] == "True")
+        return
+    assert flag.kind.__name__ == kind
+    assert default == (None if row["default"] == "None" else flag.kind(row["default"].strip("'")))
+    # One value more than published: height and width of rectangles.
+    assert action.nargs == (row["nargs"] or ("+" if names == ["--input-size"] else None))
+    named = {*(flag.choices or ()), "CIFAR", "IMNET", "INAT", "INAT19"}
+    assert set(re.findall(r"'(\w+)'", row["choices"])) <= named
 
 
-def documented():
-    """Rows of the flag table: spellings, default, meaning, tests."""
+def test_table_of_the_documentation_is_that_of_the_parser():
     text = (REPOSITORY / "docs" / "training.md").read_text()
-    rows = [line.strip("|").split(" | ") for line in text.splitlines() if line.startswith("| `--") and " | " in line]
-    return [[cell.strip() for cell in row] for row in rows if len(row) == 4]
+    assert f"<!-- flags -->\n{documentation()}\n<!-- /flags -->" in text, "run python scripts/update_flag_table.py"
+    spelt = set(by_spelling())
+    assert set(re.findall(r"`(--[\w-]+)`", documentation())) <= spelt
+    assert {min(a.option_strings) for a in by_spelling().values()} <= {
+        s for name in re.findall(r"`(--[\w-]+)`", documentation()) for s in by_spelling()[name].option_strings
+    }
 
 
-def test_table_of_the_documentation_is_complete():
-    """Every flag has one row with its default and a test that exists."""
-    flags, seen = flags_of_parser(), []
-    for names, default, meaning, tests in documented():
-        spellings = re.findall(r"`(--[\w-]+)`", names)
-        seen += {min(flags[name].option_strings) for name in spellings}
-        value = flags[spellings[0]].default
-        if value in (None, "", {}):
-            expected = "none"
-        elif value in (True, False, argparse.SUPPRESS) and flags[spellings[0]].nargs == 0:
-            expected = "on" if value is True else "off"
-        else:
-            expected = str(value)
-        assert default.strip("`") == expected, names
-        assert len(meaning) > 5
-        references = re.findall(r"`([\w/]+)::(\w+)`", tests)
-        assert references, names
-        for file, function in references:
+def test_every_flag_has_a_test():
+    rows = list(csv.DictReader((Path(__file__).parent / "flag_tests.tsv").open(), delimiter="\t"))
+    actions = by_spelling()
+    tested = {actions[row["flag"]].dest for row in rows}
+    assert tested == {action.dest for action in actions.values()}
+    for row in rows:
+        for reference in row["tests"].split():
+            file, function = reference.split("::")
             source = (REPOSITORY / "tests" / f"{file}.py").read_text()
-            assert f"def {function}(" in source, f"{names}: no {function} in {file}"
-    assert sorted(seen) == sorted({min(a.option_strings) for a in flags.values()})
+            assert f"def {function}(" in source, f"{row['flag']}: no {function} in {file}"
+
+
+@pytest.mark.slow
+def test_functions_read_only_the_flags_of_their_group():
+    """mypy sees the groups in the signatures; an attribute of another group would be an error."""
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--config-file=", "--follow-imports=silent", "--ignore-missing-imports",
+         "vim/engine", "vim/data", "vim/flags.py"],
+        cwd=REPOSITORY, text=True, capture_output=True,
+    )  # fmt: skip
+    groups = "|".join(group.__name__ for group in (*GROUPS, Flags))
+    wrong = [line for line in done.stdout.splitlines() if re.search(rf'"({groups})".*(attribute|argument)', line)]
+    assert "Found" in done.stdout or "Success" in done.stdout, done.stderr
+    assert not wrong, wrong
+
+
+def test_help_says_every_default():
+    text = " ".join(build_parser().format_help().split())
+    assert text.count("(default: ") == len(flag_table())
+
+
+@pytest.mark.parametrize("name", [n for n, f in flag_table().items() if f.kind in (int, float)])
+def test_every_number_has_bounds(name):
+    """NaN, infinity, text, nothing, and numbers beyond any sense are refused by the name of the flag."""
+    flag = flag_table()[name]
+    assert flag.bounds is not None or flag.choices is not None
+    count = flag.counts[0] if flag.counts else 1
+    spelt = flag.names[0].replace("_", "-")
+    for value in ("nan", "inf", "-inf", "1e400", "9" * 400, "x", "", "1,5", "-1e9", "0x10", "\0"):
+        with pytest.raises(UserError, match=f"{spelt} (is|holds)"):
+            parsed(f"{flag.names[0]}={value}", *["1"] * (count - 1)) if count == 1 else flag.convert(
+                [value] * count, spelt
+            )
+
+
+@pytest.mark.parametrize("name", [n for n, f in flag_table().items() if f.kind is str])
+def test_no_text_holds_nul(name):
+    flag = flag_table()[name]
+    with pytest.raises(UserError, match=r"NUL|expected one of"):
+        parsed(f"{flag.names[0]}=a\0b")
 
 
 def test_values_of_a_recipe_are_checked_like_those_of_the_command_line(tmp_path):
@@ -110,8 +149,10 @@ def test_values_of_a_recipe_are_checked_like_those_of_the_command_line(tmp_path)
     assert (args.lr, args.model_kwargs, args.opt_betas, args.ThreeAugment) == (1.0, {"stride": 2}, [0.9, 0.99], True)
     assert parsed("--config", recipe).lr == 5e-4
     for text, words in (
-        ("epochs: 2.5", "expected int"),
-        ("epochs: many", "expected int"),
+        ("epochs: 2.5", "expected a whole number"),
+        ("epochs: many", "expected a whole number"),
+        ("smoothing: .nan", r"expected a number in \[0, 1\)"),
+        ("momentum: -0.1", r"expected a number in \[0, 1\)"),
         ("eval: 1", "true or false"),
         ("sched: cosin", "expected one of cosine"),
         ("opt-betas: 0.9", "expected a list"),
@@ -174,7 +215,7 @@ def test_attn_only_trains_mixers_embeddings_and_head():
     assert sum(len(g["params"]) for g in state.optimizer.param_groups) == len(list(state.model.parameters())) - 9
     args = parsed("--attn-only", "--model", "resnet10t")
     with pytest.raises(UserError, match="neither"):
-        build_training(build_model(args, 10), args, PLACE, 10)
+        build_training(build_model(args, 10), args, CONTEXT)
 
 
 def test_random_class_token_position_and_token_rank():
@@ -241,10 +282,10 @@ def test_layer_decay():
 
 
 def test_learning_rate_is_scaled_by_the_images_of_an_update():
-    def rate(*argv, place=PLACE):
+    def rate(*argv, context=CONTEXT):
         args = parsed("--lr", 0.1, "--warmup-epochs", 0, "--sched", "step", *argv)
-        state = build_training(build_model(args, 10), args, PLACE, 10)
-        del place
+        state = build_training(build_model(args, 10), args, CONTEXT)
+        del context
         return state.optimizer.param_groups[0]["lr"]
 
     assert rate() == pytest.approx(0.1 * 64 / 512)
@@ -396,13 +437,13 @@ def test_evaluation_crop_and_train_mode():
 
 def test_mixup():
     flags = ("--mixup", 0.1, "--cutmix", 0.2, "--mixup-prob", 0.3, "--mixup-switch-prob", 0.4, "--mixup-mode", "elem")
-    mix = build_objective(parsed(*flags, "--smoothing", 0.15), PLACE, 10).mixup
+    mix = build_criterion(parsed(*flags, "--smoothing", 0.15), CONTEXT, 10).mixup
     assert (mix.mixup_alpha, mix.cutmix_alpha, mix.mix_prob, mix.switch_prob, mix.mode, mix.label_smoothing) == (
         0.1, 0.2, 0.3, 0.4, "elem", 0.15,
     )  # fmt: skip
-    ranged = build_objective(parsed("--cutmix-minmax", 0.2, 0.8), PLACE, 10).mixup
+    ranged = build_criterion(parsed("--cutmix-minmax", 0.2, 0.8), CONTEXT, 10).mixup
     assert list(ranged.cutmix_minmax) == [0.2, 0.8]
-    assert build_objective(parsed("--mixup", 0, "--cutmix", 0), PLACE, 10).mixup is None
+    assert build_criterion(parsed("--mixup", 0, "--cutmix", 0), CONTEXT, 10).mixup is None
 
 
 # Loaders and processes
@@ -444,18 +485,18 @@ def test_seed():
 def test_processes_need_a_launcher(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    assert choose_place(parsed("--world_size", 1, "--dist_url", "env://", "--local-rank", 0)).world_size == 1
+    assert choose_context(parsed("--world_size", 1, "--dist_url", "env://", "--local-rank", 0)).world_size == 1
     for flags in (("--distributed",), ("--world_size", 2)):
         with pytest.raises(UserError, match="torchrun"):
-            choose_place(parsed(*flags))
+            choose_context(parsed(*flags))
     with pytest.raises(UserError, match="--fsdp shards"):
-        choose_place(parsed("--fsdp"))
+        choose_context(parsed("--fsdp"))
     with pytest.raises(UserError, match="expected cuda or cpu"):
-        choose_place(parsed("--device", "tpu"))
+        choose_context(parsed("--device", "tpu"))
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(UserError, match="launcher started 3"):
-        choose_place(parsed("--world_size", 2))
+        choose_context(parsed("--world_size", 2))
 
 
 def test_precision_flags():

@@ -13,7 +13,7 @@ from vim.data import build_datasets
 from vim.engine import checkpoints, run
 from vim.engine.arguments import parse_args
 from vim.engine.checkpoints import CheckpointManager
-from vim.engine.distributed import Place
+from vim.engine.distributed import DistributedContext
 from vim.engine.reporting import to_json
 from vim.errors import UserError
 
@@ -231,11 +231,11 @@ def reordered(content, order):
     content["classes"] = [content["classes"][k] for k in order]
     moments = content["optimizer"]["state"]
     for name in ("head.weight", "head.bias"):
-        for place, key in (
+        for context, key in (
             (content["model"], name), (content["model_ema"], name), (moments[name], "exp_avg"),
             (moments[name], "exp_avg_sq"),
         ):  # fmt: skip
-            place[key] = place[key][order]
+            context[key] = context[key][order]
     return content
 
 
@@ -343,9 +343,9 @@ def test_leftovers_of_killed_saves_are_removed(folder):
     args = parse_args([*NANO, "--data-path", "x"])
     for name in (".checkpoint.pth.tmp", ".best_checkpoint.pth.tmp", ".mine"):
         (folder / name).write_bytes(b"half")
-    CheckpointManager(folder, args, Place(torch.device("cpu"), rank=1, world_size=2))
+    CheckpointManager(folder, args, DistributedContext(torch.device("cpu"), rank=1, world_size=2))
     assert (folder / ".checkpoint.pth.tmp").exists()
-    CheckpointManager(folder, args, Place(torch.device("cpu")))
+    CheckpointManager(folder, args, DistributedContext(torch.device("cpu")))
     assert sorted(p.name for p in folder.glob(".*")) == [".mine"]
 
 

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from vim.engine.arguments import parse_args
-from vim.engine.build import build_objective
-from vim.engine.distributed import Place
-from vim.engine.losses import Objective
+from vim.engine.build import build_criterion
+from vim.engine.distributed import DistributedContext
+from vim.engine.losses import Criterion
 from vim.errors import UserError
 
-PLACE = Place(torch.device("cpu"))
+CONTEXT = DistributedContext(torch.device("cpu"))
 PLAIN = ("--mixup", "0", "--cutmix", "0", "--batch-size", "4", "--model", "vim_nano_patch4_32", "--input-size", "32")
 CLASSES = 5
 LABELS = torch.tensor([0, 3, 4, 3])
@@ -29,9 +29,9 @@ def logits():
 
 
 def value(logits, *argv, teacher=None, labels=LABELS):
-    """The objective of a model that answers with these logits to any images."""
-    objective = Objective(parsed(*argv), CLASSES, teacher)
-    return objective(lambda images: logits, torch.zeros(len(labels), 3, 2, 2), labels).item()
+    """The criterion of a model that answers with these logits to any images."""
+    criterion = Criterion(parsed(*argv), CLASSES, teacher)
+    return criterion(lambda images: logits, torch.zeros(len(labels), 3, 2, 2), labels).item()
 
 
 def log_softmax(logits):
@@ -69,11 +69,11 @@ def test_labels_and_smoothing(logits):
 
 def test_mixed_labels(logits):
     """Mixup's targets: each sample's and its partner's labels in the drawn ratio, smoothed."""
-    objective = Objective(parsed("--mixup", 1.0, "--smoothing", 0.1), CLASSES)
+    criterion = Criterion(parsed("--mixup", 1.0, "--smoothing", 0.1), CLASSES)
     seen = []
-    mixup = objective.mixup
-    objective.mixup = lambda images, labels: seen.append(mixup(images, labels)) or seen[0]
-    loss = objective(lambda images: logits, torch.rand(4, 3, 8, 8), LABELS)
+    mixup = criterion.mixup
+    criterion.mixup = lambda images, labels: seen.append(mixup(images, labels)) or seen[0]
+    loss = criterion(lambda images: logits, torch.rand(4, 3, 8, 8), LABELS)
     targets = seen[0][1].double()
     assert torch.allclose(targets.sum(1), torch.ones(4, dtype=torch.float64), atol=1e-6)
     assert loss.item() == pytest.approx(-(targets * log_softmax(logits)).sum(1).mean().item(), rel=1e-6)
@@ -81,7 +81,7 @@ def test_mixed_labels(logits):
 
 def test_binary_cross_entropy(logits):
     assert value(logits, "--bce-loss", "--smoothing", 0) == pytest.approx(binary(logits, one_hot()).item())
-    with_mixing = Objective(parsed("--bce-loss", "--mixup", 0.5, "--smoothing", 0), CLASSES)
+    with_mixing = Criterion(parsed("--bce-loss", "--mixup", 0.5, "--smoothing", 0), CLASSES)
     with_mixing.mixup = lambda images, labels: (images, 0.3 * one_hot() + 0.7 * one_hot(labels.flip(0)))
     # Whatever is in the mixture counts as wholly present.
     present = ((one_hot() + one_hot(LABELS.flip(0))) > 0).double()
@@ -93,9 +93,9 @@ def test_cosub(logits):
     """Two sub-models: one pass over the batch twice; labels and each other's decision, gradients not through those."""
     second = logits.flip(0).clone()
     both = torch.cat((logits, second)).requires_grad_()
-    objective = Objective(parsed("--cosub", "--drop-path", 0.1, "--smoothing", 0), CLASSES)
+    criterion = Criterion(parsed("--cosub", "--drop-path", 0.1, "--smoothing", 0), CLASSES)
     seen = []
-    loss = objective(lambda images: seen.append(images.shape) or both, torch.zeros(4, 3, 2, 2), LABELS)
+    loss = criterion(lambda images: seen.append(images.shape) or both, torch.zeros(4, 3, 2, 2), LABELS)
     assert seen == [(8, 3, 2, 2)]
     p, q = (1 / (1 + (-x).exp()) for x in (logits, second))
     expected = binary(logits, one_hot()) + binary(second, one_hot()) + binary(logits, q) + binary(second, p)
@@ -133,16 +133,16 @@ def test_teacher_is_any_timm_model(tmp_path):
     path = tmp_path / "teacher.pth"
     torch.save({"state_dict": teacher.state_dict()}, path)
     flags = ("--distillation-type", "soft", "--teacher-model", "resnet10t", "--input-size", 32)
-    objective = build_objective(parsed(*flags, "--teacher-path", path), PLACE, CLASSES)
+    criterion = build_criterion(parsed(*flags, "--teacher-path", path), CONTEXT, CLASSES)
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(objective.teacher(images), teacher.eval()(images))
-    assert build_objective(parsed("--teacher-path", path), PLACE, CLASSES).teacher is None
+    assert torch.equal(criterion.teacher(images), teacher.eval()(images))
+    assert build_criterion(parsed("--teacher-path", path), CONTEXT, CLASSES).teacher is None
     with pytest.raises(UserError, match="needs --teacher-path"):
-        build_objective(parsed(*flags), PLACE, CLASSES)
+        build_criterion(parsed(*flags), CONTEXT, CLASSES)
     with pytest.raises(UserError, match="there is no model 'regnety_16'"):
-        build_objective(parsed(*flags, "--teacher-model", "regnety_16", "--teacher-path", path), PLACE, CLASSES)
+        build_criterion(parsed(*flags, "--teacher-model", "regnety_16", "--teacher-path", path), CONTEXT, CLASSES)
     with pytest.raises(UserError, match="there is no checkpoint"):
-        build_objective(parsed(*flags, "--teacher-path", tmp_path / "absent.pth"), PLACE, CLASSES)
+        build_criterion(parsed(*flags, "--teacher-path", tmp_path / "absent.pth"), CONTEXT, CLASSES)
 
 
 def test_nan_to_num(logits):
@@ -155,8 +155,8 @@ def test_nan_to_num(logits):
 
 def test_what_cannot_be_combined():
     with pytest.raises(UserError, match="must be even"):
-        Objective(parsed("--mixup", 0.8, "--batch-size", 3), CLASSES)
+        Criterion(parsed("--mixup", 0.8, "--batch-size", 3), CLASSES)
     with pytest.raises(UserError, match="pass one of them"):
-        Objective(parsed("--cosub"), CLASSES, Fixed(torch.zeros(1)))
+        Criterion(parsed("--cosub"), CLASSES, Fixed(torch.zeros(1)))
     with pytest.raises(UserError, match="must be above 0"):
-        Objective(parsed("--cosub", "--drop-path", 0), CLASSES)
+        Criterion(parsed("--cosub", "--drop-path", 0), CLASSES)

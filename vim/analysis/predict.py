@@ -17,7 +17,7 @@ from vim.data.transforms import build_transform
 from vim.engine import checkpoints
 from vim.engine.arguments import parse_args
 from vim.engine.build import build_model
-from vim.engine.distributed import choose_place
+from vim.engine.distributed import choose_context
 from vim.engine.inherited import class_names, continue_flags, head_size, load_weights
 from vim.engine.run import set_up_logging
 from vim.engine.training import autocast
@@ -59,18 +59,18 @@ def predict(checkpoint: Path, images: list[Path], argv: list[str]) -> list[list[
             raise UserError(f"{checkpoint} does not name its model: pass --model")
         size = timm.get_pretrained_cfg(named).input_size if timm.is_model(str(named)) else (3, 224, 224)
         args = parse_args(argv, {"model": str(named), "in_chans": size[0], "input_size": size[-1]})
-    place = choose_place(args)
+    context = choose_context(args)
     num_classes = head_size(args, content)
     model = build_model(args, num_classes)
     load_weights(model, content)
-    model.to(place.device).eval()
+    model.to(context.device).eval()
     transform, names = build_transform(False, args), _names(content, num_classes)
     limit_pixels(args.max_image_pixels)
     results = []
     for path in images:
         picture = transform(decode(path, "L" if args.in_chans == 1 else "RGB"))
-        with autocast(args, place):
-            logits = model(picture[None].to(place.device))
+        with autocast(args, context):
+            logits = model(picture[None].to(context.device))
         values, classes = logits.float().softmax(1)[0].topk(min(TOP, num_classes))
         if not values.isfinite().all():
             raise UserError(f"the model's outputs for {path} are not finite, so its weights are of no use")

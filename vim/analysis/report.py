@@ -15,7 +15,7 @@ from vim.data import build_datasets, build_loaders
 from vim.data.transforms import normalisation
 from vim.engine import checkpoints
 from vim.engine.build import build_model
-from vim.engine.distributed import choose_place
+from vim.engine.distributed import choose_context
 from vim.engine.evaluation import evaluate
 from vim.engine.inherited import class_names, continue_flags, load_weights, match_classes
 from vim.engine.reporting import Reporter
@@ -39,12 +39,12 @@ def report(output_dir: Path, argv: list[str]) -> list[tuple[str, Path]]:
     if not checkpoints.is_own(checkpoint):
         raise UserError(f"{path} was not written by this project's training")
     args = continue_flags(checkpoint, ["--eval", "--resume", str(path), *argv])
-    place = choose_place(args)
+    context = choose_context(args)
     _, eval_set, num_classes = build_datasets(args)
     columns = match_classes(checkpoint, eval_set, training=False)
     model = build_model(args, num_classes if columns is None else len(class_names(checkpoint)))
     load_weights(model, checkpoint)
-    model.to(place.device)
+    model.to(context.device)
     _, loader = build_loaders(args, None, eval_set, world_size=1, rank=0)
     probabilities, targets = [], []
 
@@ -52,7 +52,7 @@ def report(output_dir: Path, argv: list[str]) -> list[tuple[str, Path]]:
         probabilities.append(logits.softmax(1).cpu())
         targets.append(labels.cpu())
 
-    evaluate(model, loader, args, place, Reporter(None, args, enabled=False), keep, columns=columns)
+    evaluate(model, loader, args, context, Reporter(None, args, enabled=False), keep, columns=columns)
     confidence, predicted = torch.cat(probabilities).max(1)
     target = torch.cat(targets)
     classes = getattr(eval_set, "classes", [str(k) for k in range(num_classes)])

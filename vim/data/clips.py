@@ -1,6 +1,5 @@
 """Clips: a folder per class of video files, animated images, or folders of frames; frames sampled, one transform."""
 
-import argparse
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from torchvision.transforms import v2
 from vim.data.images import BadImageError, decode, eight_bits
 from vim.data.transforms import SMALL_IMAGE, normalisation
 from vim.errors import UserError
+from vim.flags import Augmentation
 
 # Read by Pillow, and by torchcodec.
 ANIMATIONS = (".gif", ".webp", ".apng")
@@ -130,7 +130,7 @@ def clip_folder(root: Path, mode: str, num_frames: int, at_random: bool) -> tupl
     return ClipFiles(samples, classes, mode, num_frames, at_random), unread
 
 
-def clip_transform(is_train: bool, args: argparse.Namespace) -> Callable[[list[Image.Image]], torch.Tensor]:
+def clip_transform(is_train: bool, args: Augmentation) -> Callable[[list[Image.Image]], torch.Tensor]:
     """From frames to a normalised tensor (channels, frames, side, side); all frames are cropped and coloured alike.
 
     Training: random resized crop (at 32 pixels or less a padded random crop), flip, RandAugment with the magnitude and
@@ -139,6 +139,8 @@ def clip_transform(is_train: bool, args: argparse.Namespace) -> Callable[[list[I
     Raises:
         UserError: an augmentation that is for single images.
     """
+    if not isinstance(args.input_size, int):
+        raise UserError(f"--input-size of clips is one side, not {args.input_size}")
     size, (mean, std) = args.input_size, normalisation(args.in_chans)
     final = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
     bicubic = transforms.InterpolationMode.BICUBIC

@@ -1,6 +1,5 @@
 """Data sets by name: ImageNet-style folders, CIFAR, iNaturalist, Fashion-MNIST, and whatever timm's factory reads."""
 
-import argparse
 import json
 import logging
 import os
@@ -22,13 +21,10 @@ from vim.data.images import BadImageError, Samples, decode, limit_pixels
 from vim.data.streams import Stream
 from vim.data.transforms import build_transform
 from vim.errors import UserError
+from vim.flags import DATA_SETS, FACTORY_PREFIXES, Data
 
 _logger = logging.getLogger("vision_mamba")
 
-DATA_SETS = ("IMNET", "CIFAR", "INAT", "INAT19", "FMNIST", "CLIPS")
-INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
-# Readers of timm, asked for by prefix: `--data-set hfds/NAME --data-path FOLDER`. Those of the second line are streams.
-FACTORY_PREFIXES = ("tar/", "hfds/", "wds/", "tfds/", "hfids/")
 _STREAMS = ("wds/", "tfds/", "hfids/")
 _NEEDS = {"hfds/": "datasets", "hfids/": "datasets", "wds/": "webdataset", "tfds/": "tensorflow-datasets"}
 _TWO_SPLITS = "--data-path must hold train/ and val/, each with one folder of images per class"
@@ -173,7 +169,7 @@ class ReaderImages(Dataset):
         return decode(source, self.mode, name), int(target)
 
 
-def _from_timm(name: str, root: Path, is_train: bool, args: argparse.Namespace, mode: str) -> Any:
+def _from_timm(name: str, root: Path, is_train: bool, args: Data, mode: str) -> Any:
     """timm's reader behind a prefix: an indexed data set of PIL images, or timm's own stream.
 
     Raises:
@@ -207,7 +203,7 @@ def _from_timm(name: str, root: Path, is_train: bool, args: argparse.Namespace, 
     return data if prefix in _STREAMS else ReaderImages(data.reader, mode)
 
 
-def _images(is_train: bool, args: argparse.Namespace) -> tuple[Any, int]:
+def _images(is_train: bool, args: Data) -> tuple[Any, int]:
     """PIL images of one split, or timm's stream of them, and the number of classes, 0 if the data does not say."""
     name, split = args.data_set, "train" if is_train else "val"
     mode = "L" if args.in_chans == 1 else "RGB"
@@ -251,7 +247,7 @@ def _images(is_train: bool, args: argparse.Namespace) -> tuple[Any, int]:
     return data, len(getattr(data, "classes", ()))
 
 
-def build_dataset(is_train: bool, args: argparse.Namespace) -> tuple[Samples | Stream, int]:
+def build_dataset(is_train: bool, args: Data) -> tuple[Samples | Stream, int]:
     """One split, with its transform, and its number of classes.
 
     Raises:
@@ -260,6 +256,10 @@ def build_dataset(is_train: bool, args: argparse.Namespace) -> tuple[Samples | S
     limit_pixels(args.max_image_pixels)
     transform = (clip_transform if args.data_set == "CLIPS" else build_transform)(is_train, args)
     images, num_classes = _images(is_train, args)
+    if num_classes and args.num_classes not in (0, num_classes) and not args.class_index:
+        raise UserError(
+            f"--num-classes is {args.num_classes} and the data set has {num_classes} classes: leave the flag out"
+        )
     num_classes = num_classes or args.num_classes
     if not num_classes:
         raise UserError(f"--data-set {args.data_set} does not say how many classes it has: pass --num-classes")
@@ -281,7 +281,7 @@ def build_dataset(is_train: bool, args: argparse.Namespace) -> tuple[Samples | S
     return data, num_classes
 
 
-def build_datasets(args: argparse.Namespace) -> tuple[Samples | Stream | None, Samples | Stream, int]:
+def build_datasets(args: Data) -> tuple[Samples | Stream | None, Samples | Stream, int]:
     """Training set (None with --eval), evaluation set and number of classes.
 
     Raises:

@@ -1,6 +1,5 @@
 """From a data set of undecoded or decoded images to samples: bad images, the cache in memory, the transform."""
 
-import argparse
 import logging
 import os
 import struct
@@ -18,13 +17,11 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from vim.errors import UserError
+from vim.flags import Common, Data
 
 # Not the engine's logger, which is silent in all processes but the first: each process meets bad images of its own.
 _logger = logging.getLogger("vision_mamba.data")
 
-BAD_IMAGE = ("stop", "replace")
-# Pillow's own bound of what may be a decompression bomb.
-MAX_IMAGE_PIXELS = 178_956_970
 # So many bad images in a row are no accident.
 _MOST_IN_A_ROW = 100
 # Target of an image that evaluation leaves out.
@@ -84,10 +81,10 @@ def eight_bits(image: Image.Image, mode: str, name: str) -> Image.Image:
         raise BadImageError(f"{name} has mode {image.mode}, which cannot be converted to {mode}") from error
 
 
-def sample_shape(args: argparse.Namespace) -> tuple[int, ...]:
-    """Shape of a transformed sample: (channels, side, side), of a clip (channels, frames, side, side)."""
+def sample_shape(args: Common) -> tuple[int, ...]:
+    """Shape of a transformed sample: (channels, height, width), of a clip (channels, frames, height, width)."""
     frames = (args.num_frames,) if args.data_set == "CLIPS" else ()
-    return (args.in_chans, *frames, args.input_size, args.input_size)
+    return (args.in_chans, *frames, *args.image_size)
 
 
 class Samples(Dataset):
@@ -105,7 +102,7 @@ class Samples(Dataset):
 
     def __init__(
         self, images: Dataset, transform: Callable[[Image.Image], torch.Tensor], *, is_train: bool,
-        args: argparse.Namespace,
+        args: Data,
     ) -> None:  # fmt: skip
         self.images, self.transform, self.is_train = images, transform, is_train
         self.policy = args.on_bad_image

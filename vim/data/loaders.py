@@ -4,7 +4,6 @@ A run that stops at any step and starts again there sees the same batches, with 
 out (epoch, position, index), and the random numbers of a sample's augmentation are seeded from them.
 """
 
-import argparse
 import ctypes
 import itertools
 import logging
@@ -25,6 +24,7 @@ from vim.data.images import Samples, limit_pixels
 from vim.data.seeding import seed_sample
 from vim.data.streams import Stream, StreamLoader
 from vim.errors import UserError
+from vim.flags import Data
 
 _logger = logging.getLogger("vision_mamba")
 
@@ -80,7 +80,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _loader_options(args: argparse.Namespace) -> dict[str, Any]:
+def _loader_options(args: Data) -> dict[str, Any]:
     """Workers, no more than there are cores for, and pinning."""
     return {
         "num_workers": min(args.num_workers, _cores()),
@@ -105,7 +105,7 @@ class TrainLoader:
     `set_epoch` chooses the epoch, `set_start_step` skips the first batches of the next iteration without loading them.
     """
 
-    def __init__(self, dataset: Dataset, args: argparse.Namespace, *, world_size: int, rank: int) -> None:
+    def __init__(self, dataset: Dataset, args: Data, *, world_size: int, rank: int) -> None:
         self.dataset, self.batch_size = dataset, args.batch_size
         self.sampler = EpochSampler(
             dataset, repeated=args.repeated_aug, seed=args.seed, rank=rank, world_size=world_size
@@ -157,16 +157,14 @@ class _ShardSampler(Sampler):
         return iter(self.indices)
 
 
-def _stream_loader(
-    stream: Stream, args: argparse.Namespace, batch_size: int, rank: int, world_size: int
-) -> StreamLoader:
+def _stream_loader(stream: Stream, args: Data, batch_size: int, rank: int, world_size: int) -> StreamLoader:
     options = _loader_options(args)
     stream.share(rank, world_size, max(1, options["num_workers"]))
     return StreamLoader(stream, batch_size, options)
 
 
 def build_loaders(
-    args: argparse.Namespace,
+    args: Data,
     train_set: Samples | Stream | None,
     eval_set: Samples | Stream,
     *,

@@ -5,7 +5,6 @@ sample's augmentation are seeded from those and its place in that order. So a ru
 batches again; one that is resumed inside an epoch reads and drops the batches before.
 """
 
-import argparse
 import itertools
 import logging
 import math
@@ -21,6 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from vim.data.images import BadImageError, eight_bits
 from vim.data.seeding import seed_of, seed_sample
 from vim.errors import UserError
+from vim.flags import Data
 
 _logger = logging.getLogger("vision_mamba.data")
 
@@ -38,7 +38,7 @@ class Stream(IterableDataset):
 
     def __init__(
         self, source: IterableImageDataset, transform: Callable[[Image.Image], torch.Tensor], *, is_train: bool,
-        args: argparse.Namespace, mode: str,
+        args: Data, mode: str,
     ) -> None:  # fmt: skip
         self.mode = mode
         self.source, self.transform, self.is_train = source, transform, is_train

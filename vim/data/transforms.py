@@ -1,13 +1,16 @@
 """Image transforms of training and evaluation, from timm's factory with the published choices."""
 
-import argparse
 from typing import Any
 
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment, create_transform
 from torchvision import transforms
+from torchvision.transforms import functional
+
+from vim.flags import Augmentation
 
 SMALL_IMAGE = 32
+_BICUBIC = transforms.InterpolationMode.BICUBIC
 
 
 def normalisation(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -17,25 +20,44 @@ def normalisation(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 
+class Cover:
+    """Resize a PIL image, keeping its proportions, to the smallest size that covers a rectangle."""
+
+    def __init__(self, size: tuple[int, int], interpolation: transforms.InterpolationMode) -> None:
+        self.size, self.interpolation = size, interpolation
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """The resized image."""
+        height, width = self.size
+        scale = max(height / image.height, width / image.width)
+        sides = [max(height, round(scale * image.height)), max(width, round(scale * image.width))]
+        return functional.resize(image, sides, interpolation=self.interpolation)
+
+
+def _cover(size: tuple[int, int], interpolation: transforms.InterpolationMode = _BICUBIC) -> Any:
+    """Resize so that a crop of this height and width fits; of a square, the shorter side becomes the square's."""
+    height, width = size
+    return transforms.Resize(height, interpolation) if height == width else Cover(size, interpolation)
+
+
 def three_augment(
-    size: int, color_jitter: float, simple_crop: bool, mean: tuple[float, ...], std: tuple[float, ...]
+    size: tuple[int, int], color_jitter: float, simple_crop: bool, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> transforms.Compose:
     """DeiT III's augmentation (arXiv 2204.07118): one of grey scale, solarisation and blur, then colour jitter.
 
     Args:
-        size: side of the crop in pixels.
+        size: height and width of the crop in pixels.
         color_jitter: strength, 0 for none.
         simple_crop: resize and random crop (`--src`) rather than a random resized crop.
         mean, std: of the normalisation.
     """
-    bicubic = transforms.InterpolationMode.BICUBIC
     if simple_crop:
         crop = [
-            transforms.Resize(size, interpolation=bicubic),
+            _cover(size),
             transforms.RandomCrop(size, padding=4, padding_mode="reflect"),
         ]
     else:
-        crop = [transforms.RandomResizedCrop(size, scale=(0.08, 1.0), interpolation=bicubic)]
+        crop = [transforms.RandomResizedCrop(size, scale=(0.08, 1.0), interpolation=_BICUBIC)]
     choice = transforms.RandomChoice(
         [
             transforms.Grayscale(num_output_channels=len(mean)),
@@ -70,19 +92,19 @@ def _mend_posterize(transform: Any) -> None:
             operation.aug_fn = _posterize
 
 
-def build_transform(is_train: bool, args: argparse.Namespace) -> Any:
-    """The transform from a PIL image to a normalised tensor (channels, input_size, input_size).
+def build_transform(is_train: bool, args: Augmentation) -> Any:
+    """The transform from a PIL image to a normalised tensor (channels, height, width).
 
-    Evaluation: shorter side to int(size / crop ratio), bicubic, centre crop. Training: timm's random resized crop,
-    flip, RandAugment and random erasing; at 32 pixels or less a padded random crop replaces the resized one.
+    Evaluation: shorter side to int(size / crop ratio), bicubic, centre crop; of a rectangle both sides are divided by
+    the ratio and covered. Training: timm's random resized crop, flip, RandAugment and random erasing; at 32 pixels or
+    less a padded random crop replaces the resized one.
     """
-    size = args.input_size
+    size = height, width = args.image_size
     mean, std = normalisation(args.in_chans)
     if not is_train or not args.train_mode:
-        bicubic = transforms.InterpolationMode.BICUBIC
         return transforms.Compose(
             [
-                transforms.Resize(int(size / args.eval_crop_ratio), interpolation=bicubic),
+                _cover((int(height / args.eval_crop_ratio), int(width / args.eval_crop_ratio))),
                 transforms.CenterCrop(size),
                 transforms.ToTensor(),
                 transforms.Normalize(mean, std),
@@ -91,7 +113,7 @@ def build_transform(is_train: bool, args: argparse.Namespace) -> Any:
     if args.ThreeAugment:
         return three_augment(size, args.color_jitter, args.src, mean, std)
     transform = create_transform(
-        input_size=(args.in_chans, size, size),
+        input_size=(args.in_chans, *size),
         is_training=True,
         color_jitter=args.color_jitter or None,
         auto_augment=None if args.aa in (None, "", "none") else args.aa,
@@ -104,6 +126,7 @@ def build_transform(is_train: bool, args: argparse.Namespace) -> Any:
     )
     for step in transform.transforms:
         _mend_posterize(step)
-    if size <= SMALL_IMAGE:
-        transform.transforms[0] = transforms.Compose([transforms.Resize(size), transforms.RandomCrop(size, padding=4)])
+    if max(size) <= SMALL_IMAGE:
+        resize = _cover(size, transforms.InterpolationMode.BILINEAR)
+        transform.transforms[0] = transforms.Compose([resize, transforms.RandomCrop(size, padding=4)])
     return transform

@@ -1,6 +1,5 @@
 """Model, teacher, optimizer and schedule as the flags say."""
 
-import argparse
 import difflib
 from collections.abc import Callable
 from functools import partial
@@ -13,18 +12,17 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from vim.data.images import free_memory
-from vim.engine.distributed import Place, replicate, shard
+from vim.engine.distributed import DistributedContext, replicate, shard
 from vim.engine.inherited import load_weights, own_flags, read_weights
-from vim.engine.losses import Objective
+from vim.engine.losses import Criterion
 from vim.engine.schedules import build_scheduler
 from vim.engine.state import TrainState
 from vim.engine.training import model_options
 from vim.errors import UserError
+from vim.flags import Flags, Model
 
 
-def build_model(
-    args: argparse.Namespace, num_classes: int, name: str = "", options: dict[str, Any] | None = None
-) -> nn.Module:
+def build_model(args: Model, num_classes: int, name: str = "", options: dict[str, Any] | None = None) -> nn.Module:
     """The model that `--model` names, with `--model-kwargs`; or `name`, with `options`.
 
     Raises:
@@ -38,7 +36,7 @@ def build_model(
         raise UserError(f"there is no model {name!r}: did you mean {', '.join(close)}?")
     cfg = timm.get_pretrained_cfg(name)
     # Models of any image size, such as convolutional ones, have no such argument.
-    size = {"img_size": args.input_size} if cfg is not None and cfg.fixed_input_size else {}
+    size = {"img_size": args.image_size} if cfg is not None and cfg.fixed_input_size else {}
     clip = {"num_frames": args.num_frames} if args.data_set == "CLIPS" else {}
     create = partial(
         timm.create_model, name, num_classes=num_classes, drop_rate=args.drop, drop_path_rate=args.drop_path,
@@ -74,7 +72,7 @@ def _text(options: dict[str, Any]) -> str:
     return f"--model-kwargs {' '.join(f'{k}={v}' for k, v in options.items())}" if options else "no --model-kwargs"
 
 
-def build_training(model: nn.Module, args: argparse.Namespace, place: Place, num_classes: int) -> TrainState:
+def build_training(model: nn.Module, args: Flags, context: DistributedContext) -> TrainState:
     """The state of a run that has not begun: optimizer, schedule, average, scaler, and the model made parallel.
 
     Raises:
@@ -99,25 +97,25 @@ def build_training(model: nn.Module, args: argparse.Namespace, place: Place, num
         shard(model)
         if ema is not None:
             shard(ema.module)
-    forward = model if args.fsdp else replicate(model, place)
+    forward = model if args.fsdp else replicate(model, context)
     if args.compile:
         forward = torch.compile(forward)
-    optimizer = _build_optimizer(model, args, place)
+    optimizer = _build_optimizer(model, args, context)
     scheduler = build_scheduler(optimizer, args)
     if args.start_epoch:
         scheduler.step(args.start_epoch - 1, 0.0)
-    scaler = torch.amp.GradScaler(place.device.type) if args.if_amp and args.amp_dtype == "float16" else None
+    scaler = torch.amp.GradScaler(context.device.type) if args.if_amp and args.amp_dtype == "float16" else None
     return TrainState(model, forward, optimizer, scheduler, ema, scaler, epoch=args.start_epoch)
 
 
-def build_objective(args: argparse.Namespace, place: Place, num_classes: int) -> Objective:
+def build_criterion(args: Flags, context: DistributedContext, num_classes: int) -> Criterion:
     """The loss, with its teacher if there is one.
 
     Raises:
         UserError: flags that exclude each other, or a teacher that cannot be had.
     """
     if args.distillation_type == "none":
-        return Objective(args, num_classes)
+        return Criterion(args, num_classes)
     if not args.teacher_path:
         raise UserError(f"--distillation-type {args.distillation_type} needs --teacher-path, the teacher's checkpoint")
     weights = read_weights(args.teacher_path)
@@ -125,11 +123,11 @@ def build_objective(args: argparse.Namespace, place: Place, num_classes: int) ->
     options = saved.get("model_kwargs", {}) if saved.get("model") == args.teacher_model else {}
     teacher = build_model(args, num_classes, args.teacher_model, options)
     load_weights(teacher, weights)
-    return Objective(args, num_classes, teacher.to(place.device))
+    return Criterion(args, num_classes, teacher.to(context.device))
 
 
-def _build_optimizer(model: nn.Module, args: argparse.Namespace, place: Place) -> torch.optim.Optimizer:
-    global_batch = args.batch_size * place.world_size * args.grad_accum_steps
+def _build_optimizer(model: nn.Module, args: Flags, context: DistributedContext) -> torch.optim.Optimizer:
+    global_batch = args.batch_size * context.world_size * args.grad_accum_steps
     lr = args.lr if args.unscale_lr else args.lr * global_batch / 512
     skipped = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
     if args.no_a_log_decay:
@@ -151,7 +149,7 @@ def _build_optimizer(model: nn.Module, args: argparse.Namespace, place: Place) -
         raise UserError(f"--opt {args.opt} cannot be built: {error}") from error
 
 
-def _freeze_all_but_mixers(model: nn.Module, args: argparse.Namespace) -> None:
+def _freeze_all_but_mixers(model: nn.Module, args: Model) -> None:
     """`--attn-only`: train what mixes tokens (a mixer stands where DeiT has attention), the head and the embeddings."""
     kept = (".mixer.", ".attn.")
     if not any(part in name for name, _ in model.named_parameters() for part in kept):

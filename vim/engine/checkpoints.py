@@ -4,7 +4,6 @@ Random numbers need no state: those of a step are seeded from (seed, epoch, step
 epoch, position), so the counters in the file say them all.
 """
 
-import argparse
 import logging
 import os
 import shutil
@@ -15,10 +14,10 @@ from typing import Any
 
 import torch
 
-from vim.engine.arguments import parse_interval
-from vim.engine.distributed import Place
+from vim.engine.distributed import DistributedContext
 from vim.engine.state import TrainState
 from vim.errors import UserError
+from vim.flags import Flags, parse_interval
 from vim.models.checkpoint import CheckpointError, extract_state_dict, has_ema, load_checkpoint
 
 _logger = logging.getLogger("vision_mamba")
@@ -71,15 +70,15 @@ class CheckpointManager:
     Args:
         folder: of the run; None keeps nothing.
         args: parsed flags.
-        place: of this process.
+        context: of this process.
         classes: names of the classes, by number, if they have any.
     """
 
     def __init__(
-        self, folder: Path | None, args: argparse.Namespace, place: Place, classes: list[str] | None = None
+        self, folder: Path | None, args: Flags, context: DistributedContext, classes: list[str] | None = None
     ) -> None:
-        self.folder, self.args, self.place, self.classes = folder, args, place, classes
-        if folder is not None and place.is_main:
+        self.folder, self.args, self.context, self.classes = folder, args, context, classes
+        if folder is not None and context.is_main:
             for leftover in folder.glob(f".*.pth{_TEMPORARY}"):
                 leftover.unlink(missing_ok=True)
         self._steps, self._seconds = parse_interval(args.checkpoint_interval)
@@ -103,15 +102,15 @@ class CheckpointManager:
             extra: further entries.
         """
         self._saved_at, self._since = time.monotonic(), 0
-        if self.folder is None or not (self.place.is_main or self.args.fsdp):
+        if self.folder is None or not (self.context.is_main or self.args.fsdp):
             return None
         content = state.content(fsdp=self.args.fsdp)
-        if not self.place.is_main:
+        if not self.context.is_main:
             return None
         path = self.folder / name
         grid = getattr(getattr(state.model, "patch_embed", None), "grid_size", None)
         content |= {
-            "args": vars(self.args), "world_size": self.place.world_size, "classes": self.classes,
+            "args": vars(self.args), "world_size": self.context.world_size, "classes": self.classes,
             # Rows and columns that the position embedding stands for.
             "grid": None if grid is None else tuple(grid), **extra,
         }  # fmt: skip

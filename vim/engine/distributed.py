@@ -1,6 +1,5 @@
 """Processes and devices: torchrun's environment, or one process; replicas and shards."""
 
-import argparse
 import logging
 import os
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,12 +13,13 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from vim.errors import UserError
+from vim.flags import Run
 
 _logger = logging.getLogger("vision_mamba")
 
 
 @dataclass(frozen=True)
-class Place:
+class DistributedContext:
     """Where this process runs: its device and its rank among `world_size`."""
 
     device: torch.device
@@ -32,7 +32,7 @@ class Place:
         return self.rank == 0
 
 
-def choose_place(args: argparse.Namespace) -> Place:
+def choose_context(args: Run) -> DistributedContext:
     """Device of `--device`, or the CPU where it is not there (said in one line), and torchrun's ranks.
 
     Raises:
@@ -53,7 +53,7 @@ def choose_place(args: argparse.Namespace) -> Place:
     if args.fsdp and world_size == 1:
         raise UserError("--fsdp shards the model over processes: start with torchrun --nproc-per-node=N main.py ...")
     if world_size == 1:
-        return Place(torch.device(name))
+        return DistributedContext(torch.device(name))
     device = torch.device(name)
     if name == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", args.local_rank)))
@@ -62,31 +62,31 @@ def choose_place(args: argparse.Namespace) -> Place:
         dist.init_process_group(
             "nccl" if name == "cuda" else "gloo", init_method=args.dist_url, rank=rank, world_size=world_size
         )
-    return Place(device, rank, world_size)
+    return DistributedContext(device, rank, world_size)
 
 
-def sum_over_ranks(values: torch.Tensor, place: Place) -> torch.Tensor:
+def sum_over_ranks(values: torch.Tensor, context: DistributedContext) -> torch.Tensor:
     """Sum of a tensor over all processes, in place where it lies on this process's device."""
-    if place.world_size > 1:
-        values = values.to(place.device)
+    if context.world_size > 1:
+        values = values.to(context.device)
         dist.all_reduce(values)
     return values
 
 
-def count_bad_images(data: Any, place: Place) -> int:
+def count_bad_images(data: Any, context: DistributedContext) -> int:
     """Images of a data set that proved bad so far, each once however many processes met it."""
-    marks = data.bad_images().to(place.device)
-    if place.world_size > 1:
+    marks = data.bad_images().to(context.device)
+    if context.world_size > 1:
         # Streams have a plain count instead, of samples that one process alone reads.
         dist.all_reduce(marks, dist.ReduceOp.MAX if marks.dtype == torch.uint8 else dist.ReduceOp.SUM)
     return int(marks.sum())
 
 
-def largest_over_ranks(value: int, place: Place) -> int:
+def largest_over_ranks(value: int, context: DistributedContext) -> int:
     """Largest of the processes' integers."""
-    if place.world_size == 1:
+    if context.world_size == 1:
         return value
-    tensor = torch.tensor(value, device=place.device)
+    tensor = torch.tensor(value, device=context.device)
     dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return int(tensor)
 
@@ -105,11 +105,11 @@ def shard(model: nn.Module) -> None:
     fully_shard(model)
 
 
-def replicate(model: nn.Module, place: Place) -> nn.Module:
+def replicate(model: nn.Module, context: DistributedContext) -> nn.Module:
     """The model behind DistributedDataParallel, or itself in a single process."""
-    if place.world_size == 1:
+    if context.world_size == 1:
         return model
-    return DistributedDataParallel(model, device_ids=[place.device] if place.device.type == "cuda" else None)
+    return DistributedDataParallel(model, device_ids=[context.device] if context.device.type == "cuda" else None)
 
 
 def without_gradient_exchange(forward: nn.Module) -> AbstractContextManager:

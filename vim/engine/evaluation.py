@@ -1,6 +1,5 @@
 """Evaluation: exact over any number of processes, on all classes or on a subset of them, per class."""
 
-import argparse
 import csv
 import json
 import time
@@ -13,16 +12,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from vim.data import LEFT_OUT, sample_shape
-from vim.engine.distributed import Place, largest_over_ranks, sum_over_ranks
+from vim.engine.distributed import DistributedContext, largest_over_ranks, sum_over_ranks
 from vim.engine.reporting import Reporter
 from vim.engine.training import autocast, model_options
 from vim.errors import UserError
+from vim.flags import Flags, Run
 
 Keep = Callable[[torch.Tensor, torch.Tensor], None]
 
 
 def _batches(
-    loader: Iterable[tuple[torch.Tensor, torch.Tensor]], args: argparse.Namespace, place: Place
+    loader: Iterable[tuple[torch.Tensor, torch.Tensor]], args: Run, context: DistributedContext
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor] | None]:
     """The loader's batches, without images that could not be read, as if they were not there.
 
@@ -32,7 +32,7 @@ def _batches(
     while True:
         batch = next(iterator, None)
         left = batch is not None
-        if not (largest_over_ranks(int(left), place) if args.fsdp else left):
+        if not (largest_over_ranks(int(left), context) if args.fsdp else left):
             return
         if batch is not None and not (good := batch[1] != LEFT_OUT).all():
             batch = (batch[0][good], batch[1][good]) if good.any() else None
@@ -50,8 +50,8 @@ def _hits(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, to
 def evaluate(
     model: nn.Module,
     loader: Any,
-    args: argparse.Namespace,
-    place: Place,
+    args: Flags,
+    context: DistributedContext,
     reporter: Reporter,
     keep: Keep | None = None,
     *,
@@ -63,7 +63,7 @@ def evaluate(
     Args:
         model: classifier.
         loader: this process's share of the set, batches of images (B, C, H, W) and class numbers (B,).
-        args, place, reporter: of the run.
+        args, context, reporter: of the run.
         keep: receives logits (B, K) and targets (B,) of each batch.
         columns: the model's output for each class of the set, where the set has a subset of the model's classes.
         stop_requested: asked between batches.
@@ -76,17 +76,17 @@ def evaluate(
     sums = torch.zeros(5, dtype=torch.float64)
     reporter.start("evaluate", len(loader))
     begun = time.perf_counter()
-    for batch in _batches(loader, args, place):
+    for batch in _batches(loader, args, context):
         if batch is None:
-            model(torch.zeros((1, *sample_shape(args)), dtype=torch.float32, device=place.device), **options)
+            model(torch.zeros((1, *sample_shape(args)), dtype=torch.float32, device=context.device), **options)
             continue
         images, targets = batch
         # Shards are gathered by all processes together, so there none may leave alone.
         if stop_requested() and not args.fsdp:
             sums[4] = 1
             break
-        images, targets = images.to(place.device, non_blocking=True), targets.to(place.device, non_blocking=True)
-        with autocast(args, place):
+        images, targets = images.to(context.device, non_blocking=True), targets.to(context.device, non_blocking=True)
+        with autocast(args, context):
             logits = model(images, **options)
         logits = logits.float() if columns is None else logits.float()[:, columns]
         loss = F.cross_entropy(logits, targets, reduction="sum")
@@ -96,11 +96,11 @@ def evaluate(
         figures = torch.stack((loss.double(), top1.sum().double(), top5.sum().double())).cpu()
         sums[:3] += figures
         sums[3] += count
-        reporter.step(loss=figures[0].item() / count, images=count * place.world_size)
+        reporter.step(loss=figures[0].item() / count, images=count * context.world_size)
         if keep is not None:
             keep(logits, targets)
     reporter.finish()
-    sums = sum_over_ranks(sums, place).cpu()
+    sums = sum_over_ranks(sums, context).cpu()
     if sums[4] > 0:
         return None
     loss, top1, top5 = (sums[:3] / sums[3].clamp(min=1)).tolist()
@@ -129,14 +129,14 @@ class PerClass:
         rows = torch.stack((torch.ones_like(top1), top1, top5), dim=1).cpu().double()
         self.counts.index_add_(0, targets.cpu(), rows)
 
-    def write(self, path: Path, place: Place) -> None:
+    def write(self, path: Path, context: DistributedContext) -> None:
         """Sum over the processes and write a CSV file: class, images, top-1 and top-5 in percent.
 
         Raises:
             UserError: the file cannot be written.
         """
-        counts = sum_over_ranks(self.counts, place).cpu()
-        if not place.is_main:
+        counts = sum_over_ranks(self.counts, context).cpu()
+        if not context.is_main:
             return
         try:
             with path.open("w", newline="") as file:

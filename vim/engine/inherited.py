@@ -1,15 +1,14 @@
 """What a run takes over from a checkpoint: flags, model options, class names and weights."""
 
-import argparse
 import logging
 from typing import Any
 
 import timm
 from torch import nn
 
-from vim.data import FACTORY_PREFIXES
 from vim.engine.arguments import known_flags, parse_args
 from vim.errors import UserError
+from vim.flags import FACTORY_PREFIXES, Flags, Model
 from vim.models import CheckpointError, extract_state_dict, load_checkpoint, load_into
 from vim.models.checkpoint import stored_grid
 
@@ -38,7 +37,7 @@ def own_flags(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
     return known_flags(flags, "the checkpoint's args")
 
 
-def continue_flags(checkpoint: dict[str, Any], argv: list[str] | None) -> argparse.Namespace:
+def continue_flags(checkpoint: dict[str, Any], argv: list[str] | None) -> Flags:
     """The command line's flags over those of the run that wrote the checkpoint.
 
     Raises:
@@ -58,13 +57,13 @@ def continue_flags(checkpoint: dict[str, Any], argv: list[str] | None) -> argpar
     return args
 
 
-def _warn_of_other_model(saved: dict[str, Any], args: argparse.Namespace) -> None:
+def _warn_of_other_model(saved: dict[str, Any], args: Model) -> None:
     trained = saved.get("model", args.model), saved.get("model_kwargs", {})
     if trained != (args.model, args.model_kwargs):
         _logger.warning("the checkpoint is of %s %s, not of %s %s", *trained, args.model, args.model_kwargs)
 
 
-def check_model_options(checkpoint: dict[str, Any], args: argparse.Namespace) -> None:
+def check_model_options(checkpoint: dict[str, Any], args: Model) -> None:
     """Compare the model options of the run that wrote the weights of `--finetune` with this run's.
 
     They change what a model computes without changing the shape of any weight.
@@ -186,7 +185,7 @@ def _match_head(model: nn.Module, state: dict[str, Any], known: list[str] | None
         )  # fmt: skip
 
 
-def head_size(args: argparse.Namespace, checkpoint: dict[str, Any]) -> int:
+def head_size(args: Model, checkpoint: dict[str, Any]) -> int:
     """Classes that the weights of a checkpoint tell apart.
 
     Raises:

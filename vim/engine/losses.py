@@ -1,6 +1,5 @@
 """The training loss: hard, smoothed or mixed labels, binary cross-entropy, co-training of sub-models, distillation."""
 
-import argparse
 from collections.abc import Callable
 
 import torch
@@ -10,6 +9,7 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 
 from vim.errors import UserError
+from vim.flags import Flags
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
@@ -41,7 +41,7 @@ def cosub_loss(first: torch.Tensor, second: torch.Tensor, targets: torch.Tensor)
     return 0.25 * (labels + agreement)
 
 
-class Objective:
+class Criterion:
     """From a batch to its loss, as the flags say.
 
     Args:
@@ -53,7 +53,7 @@ class Objective:
         UserError: flags that exclude each other.
     """
 
-    def __init__(self, args: argparse.Namespace, num_classes: int, teacher: nn.Module | None = None) -> None:
+    def __init__(self, args: Flags, num_classes: int, teacher: nn.Module | None = None) -> None:
         self.args, self.num_classes = args, num_classes
         self.teacher = None if teacher is None else teacher.eval().requires_grad_(False)
         mixed = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None

@@ -1,6 +1,5 @@
 """Pretraining without labels (`--pretrain`): the model, its loss and its evaluation in place of a classifier's."""
 
-import argparse
 import time
 from collections.abc import Callable
 from typing import Any
@@ -9,17 +8,18 @@ import torch
 from torch import nn
 
 from vim.data import LEFT_OUT
-from vim.engine.distributed import Place, sum_over_ranks
+from vim.engine.distributed import DistributedContext, sum_over_ranks
 from vim.engine.losses import Forward
 from vim.engine.reporting import Reporter
 from vim.engine.training import autocast
 from vim.errors import UserError
+from vim.flags import Flags, Model
 from vim.models import VisionMamba
 from vim.models.arm import ArmPretraining
 from vim.models.masked import MaskedPretraining
 
 
-def build_pretraining(classifier: nn.Module, args: argparse.Namespace) -> nn.Module:
+def build_pretraining(classifier: nn.Module, args: Model) -> nn.Module:
     """The model that pretrains the encoder of a classifier.
 
     Args:
@@ -45,7 +45,7 @@ def build_pretraining(classifier: nn.Module, args: argparse.Namespace) -> nn.Mod
         raise UserError(f"--pretrain arm expects mixers of expand 1, and those of {args.model} have {mixer.expand}")
     try:
         return ArmPretraining(
-            img_size=args.input_size, patch_size=classifier.patch_embed.patch_size[0],
+            img_size=args.image_size, patch_size=classifier.patch_embed.patch_size[0],
             stride=classifier.patch_embed.stride[0], channels=args.in_chans, depth=len(classifier.layers),
             embed_dim=classifier.embed_dim, dec_embed_dim=args.decoder_dim, d_state=mixer.d_state,
         )  # fmt: skip
@@ -62,8 +62,8 @@ def pretraining_criterion(forward: Forward, images: torch.Tensor, targets: torch
 def evaluate_pretraining(
     model: nn.Module,
     loader: Any,
-    args: argparse.Namespace,
-    place: Place,
+    args: Flags,
+    context: DistributedContext,
     reporter: Reporter,
     *,
     stop_requested: Callable[[], bool] = lambda: False,
@@ -73,7 +73,7 @@ def evaluate_pretraining(
     Args:
         model: its forward gives losses whose mean is the batch's.
         loader: this process's share of the set, batches of images and class numbers.
-        args, place, reporter: of the run.
+        args, context, reporter: of the run.
         stop_requested: asked between batches.
 
     Returns:
@@ -87,15 +87,15 @@ def evaluate_pretraining(
         if stop_requested():
             sums[2] = 1
             break
-        images = images[targets != LEFT_OUT].to(place.device, non_blocking=True)
+        images = images[targets != LEFT_OUT].to(context.device, non_blocking=True)
         if len(images) == 0:
             continue
-        with autocast(args, place):
+        with autocast(args, context):
             loss = model(images).mean().item()
         sums += torch.tensor([loss * len(images), len(images), 0], dtype=torch.float64)
-        reporter.step(loss=loss, images=len(images) * place.world_size)
+        reporter.step(loss=loss, images=len(images) * context.world_size)
     reporter.finish()
-    sums = sum_over_ranks(sums, place).cpu()
+    sums = sum_over_ranks(sums, context).cpu()
     if sums[2] > 0:
         return None
     images = int(sums[1])

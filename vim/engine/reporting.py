@@ -1,6 +1,5 @@
 """What a run tells: a live bar or plain lines, its log in the output folder, trackers, and a summary at the end."""
 
-import argparse
 import json
 import logging
 import math
@@ -18,6 +17,7 @@ from torch import nn
 
 from vim.data.transforms import normalisation
 from vim.engine.trackers import build_trackers, picture
+from vim.flags import Flags
 
 _logger = logging.getLogger("vision_mamba")
 
@@ -47,9 +47,7 @@ class Reporter:
         first_step: updates that the run has behind it already.
     """
 
-    def __init__(
-        self, output_dir: Path | None, args: argparse.Namespace, *, enabled: bool, first_step: int = 0
-    ) -> None:
+    def __init__(self, output_dir: Path | None, args: Flags, *, enabled: bool, first_step: int = 0) -> None:
         self._enabled, self._every, self._args = enabled, max(1, args.print_every_steps), args
         self._folder = output_dir if enabled else None
         self._trackers = build_trackers(output_dir, args, first_step) if enabled and not args.eval else []

@@ -1,6 +1,5 @@
 """From flags to a finished run: build data, model and optimizer, then train or evaluate."""
 
-import argparse
 import importlib
 import logging
 import math
@@ -18,9 +17,9 @@ from torch import nn
 from vim.data import build_datasets, build_loaders, seed_all
 from vim.engine import checkpoints
 from vim.engine.arguments import parse_args, save_config
-from vim.engine.build import build_model, build_objective, build_training
+from vim.engine.build import build_criterion, build_model, build_training
 from vim.engine.checkpoints import CheckpointManager
-from vim.engine.distributed import Place, choose_place, count_bad_images
+from vim.engine.distributed import DistributedContext, choose_context, count_bad_images
 from vim.engine.evaluation import PerClass, evaluate, read_class_index
 from vim.engine.inherited import (
     check_model_options,
@@ -31,12 +30,13 @@ from vim.engine.inherited import (
     match_classes,
     read_weights,
 )
-from vim.engine.losses import Objective
+from vim.engine.losses import Criterion
 from vim.engine.pretraining import build_pretraining, evaluate_pretraining, pretraining_criterion
 from vim.engine.reporting import Reporter, to_json
 from vim.engine.state import TrainState
 from vim.engine.training import train_one_epoch
 from vim.errors import USER_ERRORS, UserError
+from vim.flags import Flags, Optimisation
 from vim.models.checkpoint import has_ema
 
 _logger = logging.getLogger("vision_mamba")
@@ -66,10 +66,10 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _check_environment(place: Place) -> None:
+def _check_environment(context: DistributedContext) -> None:
     """Raise what the operators would, but before there is any output."""
     forced_backend()
-    if place.device.type == "cpu":
+    if context.device.type == "cpu":
         importlib.import_module("mamba_ssm_vim.cpu_library")
 
 
@@ -81,10 +81,10 @@ def run(argv: list[str] | None = None) -> dict[str, float]:
         UserError: see `parse_args`, `build_datasets`, `build_model`, and the checkpoint's and output folder's errors.
     """
     args = parse_args(argv)
-    place = choose_place(args)
-    if not place.is_main:
+    context = choose_context(args)
+    if not context.is_main:
         _logger.setLevel(logging.ERROR)
-    _check_environment(place)
+    _check_environment(context)
     checkpoint = checkpoints.read(args.resume, args.output_dir) if args.resume else None
     own = checkpoint is not None and checkpoints.is_own(checkpoint)
     if own:
@@ -112,32 +112,34 @@ def run(argv: list[str] | None = None) -> dict[str, float]:
         finetuned = weights is not checkpoint and not args.eval
         classes = getattr(train_set, "classes", None) if finetuned else None
         load_weights(model, weights, reset_head=finetuned, classes=classes)
-    model.to(place.device)
-    train_loader, eval_loader = build_loaders(args, train_set, eval_set, world_size=place.world_size, rank=place.rank)
+    model.to(context.device)
+    train_loader, eval_loader = build_loaders(
+        args, train_set, eval_set, world_size=context.world_size, rank=context.rank
+    )
     if args.eval:
-        return _evaluate_only(model, weights, eval_loader, columns, args, place)
+        return _evaluate_only(model, weights, eval_loader, columns, args, context)
     pretraining = args.pretrain != "none"
-    objective = pretraining_criterion if pretraining else build_objective(args, place, num_classes)
-    state = build_training(model, args, place, num_classes)
+    criterion = pretraining_criterion if pretraining else build_criterion(args, context, num_classes)
+    state = build_training(model, args, context)
     if pretraining:
         state.best = -math.inf
     if own:
-        state.restore(checkpoint, args, place.world_size)
+        state.restore(checkpoint, args, context.world_size)
     elif checkpoint is not None:
         _logger.warning("the checkpoint holds no run of this project: its weights are loaded, the run starts afresh")
-    output_dir = _output_dir(args, place)
+    output_dir = _output_dir(args, context)
     done = state.epoch * len(train_loader) + state.step
-    reporter = Reporter(output_dir, args, enabled=place.is_main, first_step=done)
+    reporter = Reporter(output_dir, args, enabled=context.is_main, first_step=done)
     try:
         with _stopping_on_signals(state):
-            manager = CheckpointManager(output_dir, args, place, getattr(train_set, "classes", None))
-            return _train(state, train_loader, eval_loader, objective, args, place, reporter, manager)
+            manager = CheckpointManager(output_dir, args, context, getattr(train_set, "classes", None))
+            return _train(state, train_loader, eval_loader, criterion, args, context, reporter, manager)
     finally:
         reporter.close()
 
 
 def _evaluated_classes(
-    args: argparse.Namespace, weights: dict[str, Any], eval_set: Any, num_classes: int
+    args: Flags, weights: dict[str, Any], eval_set: Any, num_classes: int
 ) -> tuple[list[int] | None, int]:
     """The model's output for each class of the set, None where they are the same, and the model's number of classes.
 
@@ -166,12 +168,12 @@ def _stopping_on_signals(state: TrainState) -> Iterator[None]:
             signal.signal(signum, handler)
 
 
-def _output_dir(args: argparse.Namespace, place: Place) -> Path | None:
+def _output_dir(args: Flags, context: DistributedContext) -> Path | None:
     if not args.output_dir:
         _logger.warning("no --output-dir: nothing of this run will be kept")
         return None
     path = Path(args.output_dir)
-    if place.is_main:
+    if context.is_main:
         try:
             path.mkdir(parents=True, exist_ok=True)
             save_config(args, path / "config.yaml")
@@ -184,9 +186,9 @@ def _train(
     state: TrainState,
     train_loader: Any,
     eval_loader: Any,
-    objective: Objective,
-    args: argparse.Namespace,
-    place: Place,
+    criterion: Criterion,
+    args: Flags,
+    context: DistributedContext,
     reporter: Reporter,
     manager: CheckpointManager,
 ) -> dict[str, float]:
@@ -195,8 +197,8 @@ def _train(
         _logger.info("all %d epochs are done: pass more --epochs to go on", args.epochs)
     while state.epoch < args.epochs:
         epoch = state.epoch
-        trained = train_one_epoch(state, train_loader, objective, args, place, reporter, manager)
-        tested = None if trained is None else _evaluate_both(state, eval_loader, args, place, reporter)
+        trained = train_one_epoch(state, train_loader, criterion, args, context, reporter, manager)
+        tested = None if trained is None else _evaluate_both(state, eval_loader, args, context, reporter)
         if tested is None:
             path = manager.save(state)
             _logger.info(
@@ -210,7 +212,7 @@ def _train(
         state.next_epoch()
         improved = score > state.best
         state.best = max(state.best, score)
-        bad = sum(count_bad_images(loader.dataset, place) for loader in (train_loader, eval_loader))
+        bad = sum(count_bad_images(loader.dataset, context) for loader in (train_loader, eval_loader))
         best = {"best_acc1": state.best} if "test_acc1" in tested else {"best_loss": -state.best}
         record = {"epoch": epoch, **trained, **tested, **best, "bad_images": bad}
         # The line first: a run killed in between writes it again, which readers of the log allow for.
@@ -221,16 +223,16 @@ def _train(
 
 
 def _evaluate_both(
-    state: TrainState, eval_loader: Any, args: argparse.Namespace, place: Place, reporter: Reporter
+    state: TrainState, eval_loader: Any, args: Flags, context: DistributedContext, reporter: Reporter
 ) -> dict[str, float] | None:
     """Figures of the model, and of its average under names that begin with "ema_"; None if a stop was requested."""
     stop = {"stop_requested": lambda: state.stop_requested}
     measure = evaluate if args.pretrain == "none" else evaluate_pretraining
-    tested = measure(state.model, eval_loader, args, place, reporter, **stop)
+    tested = measure(state.model, eval_loader, args, context, reporter, **stop)
     if tested is None or state.ema is None:
         return tested
-    averaged = state.ema.module.to(place.device)
-    figures = measure(averaged, eval_loader, args, place, reporter, **stop)
+    averaged = state.ema.module.to(context.device)
+    figures = measure(averaged, eval_loader, args, context, reporter, **stop)
     if args.model_ema_force_cpu:
         averaged.cpu()
     return None if figures is None else tested | {f"ema_{k}": v for k, v in figures.items()}
@@ -241,23 +243,23 @@ def _evaluate_only(
     weights: dict[str, Any],
     eval_loader: Any,
     columns: list[int] | None,
-    args: argparse.Namespace,
-    place: Place,
+    args: Flags,
+    context: DistributedContext,
 ) -> dict[str, float]:
-    reporter = Reporter(None, args, enabled=place.is_main)
+    reporter = Reporter(None, args, enabled=context.is_main)
     data = eval_loader.dataset
     names = getattr(data, "classes", range(len(columns) if columns else model.num_classes))
     per_class = PerClass([str(name) for name in names]) if args.per_class_csv else None
-    record = evaluate(model, eval_loader, args, place, reporter, per_class, columns=columns)
+    record = evaluate(model, eval_loader, args, context, reporter, per_class, columns=columns)
     _check_finite(record, args)
     if per_class is not None:
-        per_class.write(Path(args.per_class_csv), place)
+        per_class.write(Path(args.per_class_csv), context)
     if has_ema(weights):
         load_weights(model, weights, use_ema=True)
-        averaged = evaluate(model, eval_loader, args, place, reporter, columns=columns)
+        averaged = evaluate(model, eval_loader, args, context, reporter, columns=columns)
         _check_finite(averaged, args)
         record |= {f"ema_{k}": v for k, v in averaged.items()}
-    if place.is_main:
+    if context.is_main:
         for prefix, what in (("", "test images"), ("ema_", "test images, averaged weights")):
             if f"{prefix}test_acc1" in record:
                 count, acc1, acc5, loss, rate = (
@@ -268,7 +270,7 @@ def _evaluate_only(
     return record
 
 
-def _check_finite(record: dict[str, float], args: argparse.Namespace) -> None:
+def _check_finite(record: dict[str, float], args: Optimisation) -> None:
     if not math.isfinite(record["test_loss"]):
         precision = f"; try float32 in place of --amp-dtype {args.amp_dtype}" if args.if_amp else ""
         raise UserError(

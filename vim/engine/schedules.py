@@ -1,11 +1,12 @@
 """Learning-rate schedules: timm's, and what its plateau schedule lacks."""
 
-import argparse
 from typing import Any
 
 import torch
 from timm.scheduler import PlateauLRScheduler, create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
+
+from vim.flags import Schedule
 
 
 class Plateau(PlateauLRScheduler):
@@ -36,7 +37,7 @@ class Plateau(PlateauLRScheduler):
         self.restore_lr = state_dict["restore_lr"]
 
 
-def build_scheduler(optimizer: torch.optim.Optimizer, args: argparse.Namespace) -> Scheduler:
+def build_scheduler(optimizer: torch.optim.Optimizer, args: Schedule) -> Scheduler:
     """The schedule that `--sched` names, stepped once per epoch."""
     noise = {"noise_pct": args.lr_noise_pct, "noise_std": args.lr_noise_std, "noise_seed": args.seed}
     warmup = {"warmup_lr": args.warmup_lr, "warmup_epochs": args.warmup_epochs}

@@ -1,6 +1,5 @@
 """All that changes while training, and its way into and out of a checkpoint."""
 
-import argparse
 import logging
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from vim.engine.inherited import own_flags
 from vim.errors import UserError
+from vim.flags import Flags
 
 _logger = logging.getLogger("vision_mamba")
 
@@ -75,7 +75,7 @@ class TrainState:
             **{name: getattr(self, name) for name in self._COUNTERS},
         }
 
-    def restore(self, checkpoint: dict[str, Any], args: argparse.Namespace, world_size: int) -> None:
+    def restore(self, checkpoint: dict[str, Any], args: Flags, world_size: int) -> None:
         """Continue from a checkpoint's content; the model's own weights are loaded already.
 
         Raises:

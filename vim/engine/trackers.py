@@ -1,6 +1,5 @@
 """Where a run's figures go beside its log: TensorBoard, Weights & Biases, MLflow, behind one interface."""
 
-import argparse
 import hashlib
 import importlib.util
 import os
@@ -12,8 +11,7 @@ import torch
 from torchvision.utils import make_grid
 
 from vim.errors import UserError
-
-TRACKERS = ("tensorboard", "wandb", "mlflow", "none")
+from vim.flags import Run
 
 
 class Tracker(Protocol):
@@ -35,7 +33,7 @@ class Tracker(Protocol):
 class TensorBoard:
     """Events in `folder`/tensorboard; those after `first_step`, which a resumed run repeats, are hidden."""
 
-    def __init__(self, folder: Path, args: argparse.Namespace, first_step: int) -> None:
+    def __init__(self, folder: Path, args: Run, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1 if first_step else None)
@@ -58,7 +56,7 @@ class TensorBoard:
 class Wandb:
     """A run of Weights & Biases; its identity follows from the folder, so that a resumed run goes on with it."""
 
-    def __init__(self, folder: Path, args: argparse.Namespace, first_step: int) -> None:
+    def __init__(self, folder: Path, args: Run, first_step: int) -> None:
         import wandb
 
         self._wandb = wandb
@@ -85,7 +83,7 @@ class Wandb:
 class Mlflow:
     """A run of MLflow: at MLFLOW_TRACKING_URI, else in files below the run's folder."""
 
-    def __init__(self, folder: Path, args: argparse.Namespace, first_step: int) -> None:
+    def __init__(self, folder: Path, args: Run, first_step: int) -> None:
         import mlflow
 
         self._mlflow = mlflow
@@ -117,7 +115,7 @@ class Mlflow:
         self._mlflow.end_run()
 
 
-def check_trackers(args: argparse.Namespace) -> None:
+def check_trackers(args: Run) -> None:
     """Look for what the trackers need before anything is written.
 
     Raises:
@@ -132,7 +130,7 @@ def check_trackers(args: argparse.Namespace) -> None:
             raise UserError(f"--trackers {name} keeps files beside the run's: pass --output-dir")
 
 
-def build_trackers(folder: Path | None, args: argparse.Namespace, first_step: int) -> list[Tracker]:
+def build_trackers(folder: Path | None, args: Run, first_step: int) -> list[Tracker]:
     """The trackers that `--trackers` names, of the main process.
 
     Args:

@@ -1,6 +1,5 @@
 """One epoch of training."""
 
-import argparse
 import math
 import time
 from collections.abc import Iterator
@@ -15,11 +14,12 @@ from torch.distributed.tensor import DTensor
 from vim.data import seed_all
 from vim.data.loaders import TrainLoader
 from vim.engine.checkpoints import CheckpointManager
-from vim.engine.distributed import Place, sum_over_ranks, without_gradient_exchange
-from vim.engine.losses import Objective
+from vim.engine.distributed import DistributedContext, sum_over_ranks, without_gradient_exchange
+from vim.engine.losses import Criterion
 from vim.engine.reporting import Reporter, memory_mib
 from vim.engine.state import TrainState
 from vim.errors import UserError
+from vim.flags import Flags, Model, Optimisation
 from vim.models import VisionMamba
 
 # First key of the step's seed, apart from the seeds of samples, which begin with the run's seed alone.
@@ -27,14 +27,14 @@ _STEP_STREAM = 0x57E9
 NOT_FINITE = "nonfinite.pth"
 
 
-def autocast(args: argparse.Namespace, place: Place) -> AbstractContextManager:
+def autocast(args: Optimisation, context: DistributedContext) -> AbstractContextManager:
     """The precision of forward passes: `--if_amp` in `--amp-dtype`, else as the parameters are."""
     if not args.if_amp:
         return nullcontext()
-    return torch.autocast(place.device.type, dtype=getattr(torch, args.amp_dtype))
+    return torch.autocast(context.device.type, dtype=getattr(torch, args.amp_dtype))
 
 
-def model_options(args: argparse.Namespace, model: nn.Module) -> dict[str, bool]:
+def model_options(args: Model, model: nn.Module) -> dict[str, bool]:
     """Keyword arguments of VisionMamba.forward that flags turn on.
 
     Raises:
@@ -49,9 +49,9 @@ def model_options(args: argparse.Namespace, model: nn.Module) -> dict[str, bool]
 def train_one_epoch(
     state: TrainState,
     loader: TrainLoader,
-    objective: Objective,
-    args: argparse.Namespace,
-    place: Place,
+    criterion: Criterion,
+    args: Flags,
+    context: DistributedContext,
     reporter: Reporter,
     manager: CheckpointManager,
 ) -> dict[str, float] | None:
@@ -74,10 +74,10 @@ def train_one_epoch(
     lr = max(group["lr"] for group in state.optimizer.param_groups)
     while state.step < steps:
         group = min(args.grad_accum_steps, steps - state.step)
-        loss, seconds = _accumulate(state, batches, group, objective, args, place, reporter)
+        loss, seconds = _accumulate(state, batches, group, criterion, args, context, reporter)
         waited += seconds
         norm = _clip(state, args)
-        loss, norm, stop, save = _agree(loss, norm, state.stop_requested, manager.due(group), group, place)
+        loss, norm, stop, save = _agree(loss, norm, state.stop_requested, manager.due(group), context)
         if math.isfinite(loss) and math.isfinite(norm):
             _update(state)
             state.loss_sum, state.norm_sum = state.loss_sum + loss, state.norm_sum + norm
@@ -87,13 +87,13 @@ def train_one_epoch(
             if state.scaler is not None:
                 state.scaler.update()
         else:
-            _stop_not_finite(state, loss, norm, group, loader, args, place, manager)
-        images = group * args.batch_size * place.world_size
+            _stop_not_finite(state, loss, norm, group, loader, context, manager)
+        images = group * args.batch_size * context.world_size
         images_seen += images
         state.step += group
         reporter.step(
             loss=loss, images=images, steps=group, waited=seconds, at=state.epoch * steps + state.step,
-            train={"lr": lr, "grad_norm": norm, "memory_mib": memory_mib(place.device)},
+            train={"lr": lr, "grad_norm": norm, "memory_mib": memory_mib(context.device)},
         )  # fmt: skip
         if stop:
             reporter.finish()
@@ -110,7 +110,7 @@ def train_one_epoch(
         "train_images_per_s": images_seen / seconds,
         "train_s": seconds,
         "train_data_wait_s": waited,
-        "train_memory_mib": memory_mib(place.device),
+        "train_memory_mib": memory_mib(context.device),
         "skipped_updates": state.skipped,
     }
 
@@ -119,14 +119,14 @@ def _accumulate(
     state: TrainState,
     batches: Iterator[tuple[torch.Tensor, torch.Tensor]],
     group: int,
-    objective: Objective,
-    args: argparse.Namespace,
-    place: Place,
+    criterion: Criterion,
+    args: Flags,
+    context: DistributedContext,
     reporter: Reporter,
 ) -> tuple[torch.Tensor, float]:
     """Gradients of the mean loss of the next `group` batches; gives that loss and the seconds of waiting for data."""
     state.optimizer.zero_grad()
-    total, waited = torch.zeros((), dtype=torch.float32, device=place.device), 0.0
+    total, waited = torch.zeros((), dtype=torch.float32, device=context.device), 0.0
     options = model_options(args, state.model)
     for k in range(group):
         tick = time.perf_counter()
@@ -134,17 +134,17 @@ def _accumulate(
         waited += time.perf_counter() - tick
         reporter.samples(images)
         # Mixup, dropout and stochastic depth draw from these, so a resumed step is the same step.
-        seed_all(args.seed, _STEP_STREAM, state.epoch, state.step + k, place.rank)
-        images, targets = images.to(place.device, non_blocking=True), targets.to(place.device, non_blocking=True)
+        seed_all(args.seed, _STEP_STREAM, state.epoch, state.step + k, context.rank)
+        images, targets = images.to(context.device, non_blocking=True), targets.to(context.device, non_blocking=True)
         with nullcontext() if k == group - 1 else without_gradient_exchange(state.forward):
-            with autocast(args, place):
-                loss = objective(lambda x: state.forward(x, **options), images, targets) / group
+            with autocast(args, context):
+                loss = criterion(lambda x: state.forward(x, **options), images, targets) / group
             (loss if state.scaler is None else state.scaler.scale(loss)).backward()
         total += loss.detach()
     return total, waited
 
 
-def _clip(state: TrainState, args: argparse.Namespace) -> torch.Tensor:
+def _clip(state: TrainState, args: Optimisation) -> torch.Tensor:
     """Clip the gradients as `--clip-grad` says; gives their norm before that."""
     if state.scaler is not None:
         state.scaler.unscale_(state.optimizer)
@@ -159,14 +159,14 @@ def _clip(state: TrainState, args: argparse.Namespace) -> torch.Tensor:
 
 
 def _agree(
-    loss: torch.Tensor, norm: torch.Tensor, stop: bool, save: bool, group: int, place: Place
+    loss: torch.Tensor, norm: torch.Tensor, stop: bool, save: bool, context: DistributedContext
 ) -> tuple[float, float, bool, bool]:
     """What all processes go by: the mean loss, the norm, and whether any of them wants to stop or to save."""
     local = torch.tensor([float(stop), float(save)], dtype=torch.float64)
     both = torch.stack((loss.double(), norm.detach().double()))
-    shared = sum_over_ranks(torch.cat((both, local.to(both.device))), place) if place.world_size > 1 else None
+    shared = sum_over_ranks(torch.cat((both, local.to(both.device))), context) if context.world_size > 1 else None
     loss_value, norm_value, stops, saves = (torch.cat((both.cpu(), local)) if shared is None else shared).tolist()
-    return loss_value / place.world_size, norm_value / place.world_size, stops > 0, saves > 0
+    return loss_value / context.world_size, norm_value / context.world_size, stops > 0, saves > 0
 
 
 def _update(state: TrainState) -> None:
@@ -190,14 +190,13 @@ def _stop_not_finite(
     norm: float,
     group: int,
     loader: TrainLoader,
-    args: argparse.Namespace,
-    place: Place,
+    context: DistributedContext,
     manager: CheckpointManager,
 ) -> None:
     """Save what reproduces the update, and stop."""
     indices: Any = [loader.batch_indices(state.step + k) for k in range(group)]
-    if place.world_size > 1:
-        gathered: list[Any] = [None] * place.world_size
+    if context.world_size > 1:
+        gathered: list[Any] = [None] * context.world_size
         torch.distributed.all_gather_object(gathered, indices)
         indices = gathered
     else:
