@@ -86,7 +86,7 @@ class MixerBlock(nn.Module):
                 module.reset_parameters()
         for name, parameter in mixer.named_parameters(recurse=False):
             if name.endswith("_log"):
-                parameter.copy_(torch.arange(1, mixer.d_state + 1, device=parameter.device).log())
+                parameter.copy_(torch.arange(1, mixer.d_state + 1, dtype=torch.float32, device=parameter.device).log())
             else:  # D, D_b, gamma
                 parameter.fill_(mixer.init_layer_scale if name == "gamma" else 1.0)
         for name, module in mixer.named_children():

@@ -30,6 +30,7 @@ def forward(x, residual, weight, bias, *, eps, rms, residual_dtype):
     """x, residual (..., D) → y (..., D) in x's dtype, x + residual in `residual_dtype`, mean or None, rstd (...,)."""
     x = x.contiguous()
     residual = None if residual is None else residual.contiguous()
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     y = torch.empty_like(x)
     total = torch.empty(x.shape, dtype=residual_dtype, device=x.device)
     rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
@@ -51,6 +52,7 @@ def backward(dy, dresidual_out, residual_out, weight, bias, mean, rstd, *, rms, 
     """The gradients by name; when x is float32, those of x and of the residual are the same tensor."""
     dy = dy.contiguous()
     incoming = None if dresidual_out is None else dresidual_out.contiguous()
+    weight = weight.contiguous()
     dim, meta = dy.shape[-1], _tile(dy.shape[-1])
     count = dy.numel() // dim if dim else 0
     dresidual = torch.empty(dy.shape, dtype=torch.float32, device=dy.device)
