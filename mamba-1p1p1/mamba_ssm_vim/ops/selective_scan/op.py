@@ -89,7 +89,7 @@ def _backward(
     # Between its forward and backward operators a graph keeps no chunk states: they are recomputed.
     _, _, saved = backend.forward(*inputs, **flags, save=True)
     grads = backend.backward(dout, dlast_state, *inputs, saved, **flags, out_scale=1.0)
-    return tuple(u.new_empty(0) if g is None else g for g in grads)
+    return tuple(u.new_empty(0) if g is None else g.contiguous() for g in grads)
 
 
 def _backward_shapes(dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, reverse):
