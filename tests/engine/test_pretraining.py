@@ -103,7 +103,7 @@ def test_masked_loss() -> None:
     (["--decoder-dim", "60"], "multiple of 64"),
     (["--eval", "--resume", "a.pth"], "--eval measures a classifier"),
     (["--pretrain", "masked", "--model", "resnet18", "--model-kwargs", "cardinality=1"], "for Vision Mamba models"),
-    (["--pretrain", "jepa"], "invalid choice: 'jepa'"),
+    (["--pretrain", "jepa"], "--pretrain is 'jepa', expected one of none, arm, masked"),
 ])  # fmt: skip
 def test_refusals(folder: Path, more: list[str], words: str, capsys) -> None:
     assert main([*PRETRAIN, "--data-path", str(folder), "--epochs", "1", *more]) == 2
