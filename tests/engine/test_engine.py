@@ -13,7 +13,6 @@ from vim.engine.arguments import parse_args
 from vim.engine.build import build_model, build_training
 from vim.engine.checkpoints import CheckpointManager
 from vim.engine.distributed import DistributedContext
-from vim.errors import UserError
 from vim.flags import parse_interval
 
 CONTEXT = DistributedContext(torch.device("cpu"))
