@@ -507,3 +507,11 @@ def test_precision_flags():
     assert (undone.if_amp, undone.amp_dtype) == (False, None)
     assert training("--amp-dtype", "bfloat16").scaler is None
     assert training("--amp-dtype", "float16").scaler is not None
+
+
+def test_what_cannot_work_in_a_short_run_is_said():
+    said = notices(parsed("--epochs", 3), 12)
+    assert len(said) == 2
+    assert "warms up for 5 epochs and the run has 3" in said[0]
+    assert "after the 36 updates" in said[1]
+    assert notices(parsed("--epochs", 300), 2000) == []

@@ -364,3 +364,14 @@ def test_a_full_disk_keeps_the_checkpoint_before(folder, capsys):
     assert (folder / "checkpoint.pth").read_bytes() == before
     assert not list(folder.glob(".*"))
     assert checkpoints.read("auto", str(folder))["epoch"] == 1
+
+
+def test_resume_applies_the_flags_of_the_optimizer(folder):
+    path = folder / "checkpoint.pth"
+    run.run(["--resume", str(path), "--epochs", "2", "--weight-decay", "0.3", "--opt-eps", "1e-6", "--opt-betas",
+             "0.8", "0.9", "--output_dir", str(folder)])  # fmt: skip
+    groups = torch.load(path, weights_only=True)["optimizer"]["param_groups"]
+    assert {g["weight_decay"] for g in groups} == {0.0, 0.3}
+    assert {(g["eps"], tuple(g["betas"])) for g in groups} == {(1e-6, (0.8, 0.9))}
+    with pytest.raises(UserError, match=r"trained with --opt adamw and this run has --opt lamb"):
+        run.run(["--resume", str(path), "--epochs", "3", "--opt", "lamb"])

@@ -160,3 +160,13 @@ def test_what_cannot_be_combined():
         Criterion(parsed("--cosub"), CLASSES, Fixed(torch.zeros(1)))
     with pytest.raises(UserError, match="must be above 0"):
         Criterion(parsed("--cosub", "--drop-path", 0), CLASSES)
+
+
+@pytest.mark.parametrize("flag", ["--bce-loss", "--cosub"])
+def test_binary_targets_of_a_mixture_are_its_classes_alone(flag):
+    """With the default smoothing too, at most the two mixed classes of an image are present."""
+    criterion = Criterion(parsed(flag, "--mixup", 0.8), CLASSES)
+    _, targets = criterion.mixup(torch.rand(4, 3, 8, 8), LABELS)
+    present = targets.gt(0).sum(1)
+    assert present.max() <= 2
+    assert present.min() >= 1

@@ -70,7 +70,8 @@ class Criterion:
             self.mixup = Mixup(
                 mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, cutmix_minmax=args.cutmix_minmax,
                 prob=args.mixup_prob, switch_prob=args.mixup_switch_prob, mode=args.mixup_mode,
-                label_smoothing=args.smoothing, num_classes=num_classes,
+                # Smoothing would count every class as present in the binary loss.
+                label_smoothing=0.0 if args.bce_loss or args.cosub else args.smoothing, num_classes=num_classes,
             )  # fmt: skip
         self._binary = args.bce_loss or args.cosub
         if self._binary:
@@ -93,7 +94,7 @@ class Criterion:
             mixed, targets = self.mixup(images.flatten(1, -3), targets)
             images = mixed.view_as(images)
         if self._binary:
-            # As published: whatever is in the mixture counts as present, smoothing's share of every class too.
+            # As published, whatever is in the mixture counts as present.
             soft = F.one_hot(targets, self.num_classes) if targets.dim() == 1 else targets
             targets = soft.gt(0.0).float()
         if self.args.cosub:

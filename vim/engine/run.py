@@ -16,7 +16,7 @@ from torch import nn
 
 from vim.data import build_datasets, build_loaders, seed_all
 from vim.engine import checkpoints
-from vim.engine.arguments import parse_args, save_config
+from vim.engine.arguments import notices, parse_args, save_config
 from vim.engine.build import build_criterion, build_model, build_training
 from vim.engine.checkpoints import CheckpointManager
 from vim.engine.distributed import DistributedContext, choose_context, count_bad_images
@@ -40,6 +40,11 @@ from vim.flags import Flags, Optimisation
 from vim.models.checkpoint import has_ema
 
 _logger = logging.getLogger("vision_mamba")
+
+# Windows has no user signals.
+_STOP_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
+)
 
 
 def set_up_logging() -> None:
@@ -127,6 +132,8 @@ def run(argv: list[str] | None = None) -> dict[str, float]:
         state.restore(checkpoint, args, context.world_size)
     elif checkpoint is not None:
         _logger.warning("the checkpoint holds no run of this project: its weights are loaded, the run starts afresh")
+    for notice in notices(args, len(train_loader)):
+        _logger.warning(notice)
     output_dir = _output_dir(args, context)
     done = state.epoch * len(train_loader) + state.step
     reporter = Reporter(output_dir, args, enabled=context.is_main, first_step=done)
@@ -156,10 +163,9 @@ def _evaluated_classes(
 
 @contextmanager
 def _stopping_on_signals(state: TrainState) -> Iterator[None]:
-    """Inside, SIGTERM, SIGUSR1 and SIGUSR2 (submitit's) ask the run to save and stop, before a node is taken away."""
+    """Inside, Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 (submitit's) ask the run to save and stop, before a node is taken away."""
     before = {
-        signum: signal.signal(signum, lambda *_: setattr(state, "stop_requested", True))
-        for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+        signum: signal.signal(signum, lambda *_: setattr(state, "stop_requested", True)) for signum in _STOP_SIGNALS
     }
     try:
         yield

@@ -28,6 +28,10 @@ _SCHEDULE_FLAGS = (
 )  # fmt: skip
 
 
+# What flags decide of an optimizer, beside the learning rate: the command's values, not the checkpoint's.
+_HYPERPARAMETERS = ("weight_decay", "betas", "eps", "momentum")
+
+
 @dataclass
 class TrainState:
     """All that changes while training.
@@ -82,10 +86,18 @@ class TrainState:
             UserError: it does not fit this run.
         """
         options = StateDictOptions(full_state_dict=True)
+        if (before := (own_flags(checkpoint) or {}).get("opt", args.opt)) != args.opt:
+            raise UserError(
+                f"the checkpoint was trained with --opt {before} and this run has --opt {args.opt}: continue with the "
+                "same optimizer, or start from the weights alone by --finetune"
+            )
         try:
             lr = [group["lr"] for group in self.optimizer.param_groups]
+            chosen = [{k: group[k] for k in _HYPERPARAMETERS if k in group} for group in self.optimizer.param_groups]
             _check_optimizer(checkpoint["optimizer"], get_optimizer_state_dict(self.model, self.optimizer))
             set_optimizer_state_dict(self.model, self.optimizer, checkpoint["optimizer"], options=options)
+            for group, values in zip(self.optimizer.param_groups, chosen, strict=True):
+                group.update(values)
             if self.scaler is not None and checkpoint["scaler"] is not None:
                 _check_like(checkpoint["scaler"], self.scaler.state_dict(), "the loss scaler")
                 self.scaler.load_state_dict(checkpoint["scaler"])
