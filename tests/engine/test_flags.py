@@ -14,7 +14,7 @@ from torchvision import transforms as tv
 
 from vim.data import build_datasets, build_loaders, seed_all
 from vim.data.transforms import build_transform
-from vim.engine.arguments import build_parser, documentation, parse_args
+from vim.engine.arguments import build_parser, documentation, notices, parse_args
 from vim.engine.build import build_criterion, build_model, build_training
 from vim.engine.distributed import DistributedContext, choose_context
 from vim.engine.training import model_options

@@ -163,7 +163,7 @@ def _evaluated_classes(
 
 @contextmanager
 def _stopping_on_signals(state: TrainState) -> Iterator[None]:
-    """Inside, Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 (submitit's) ask the run to save and stop, before a node is taken away."""
+    """Inside, Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 (of submitit) ask the run to save and stop."""
     before = {
         signum: signal.signal(signum, lambda *_: setattr(state, "stop_requested", True)) for signum in _STOP_SIGNALS
     }
