@@ -154,19 +154,25 @@ class Flag:
         return f"{word[self.kind]} {self.bounds}" if self.bounds is not None else word[self.kind]
 
 
+def pairs(items: list[str], name: str) -> dict[str, Any]:
+    """KEY=VALUE pairs of the command line as a mapping; values are Python literals, or text.
+
+    Raises:
+        UserError: an item has no key or no value.
+    """
+    mapping: dict[str, Any] = {}
+    for item in items:
+        key, equals, text = item.partition("=")
+        if not equals or not key:
+            raise UserError(f"{name} has {item!r}, expected KEY=VALUE")
+        try:
+            mapping[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            mapping[key] = text
+    return mapping
+
+
 def _mapping(value: Any, name: str) -> dict[str, Any]:
-    """KEY=VALUE pairs of the command line, or a mapping of YAML or of a checkpoint."""
-    if isinstance(value, list) and all(isinstance(v, str) for v in value):
-        pairs = {}
-        for item in value:
-            key, equals, text = item.partition("=")
-            if not equals or not key:
-                raise UserError(f"{name} has {item!r}, expected KEY=VALUE")
-            try:
-                pairs[key] = ast.literal_eval(text)
-            except (ValueError, SyntaxError, RecursionError, MemoryError):
-                pairs[key] = text
-        return pairs
     if not isinstance(value, dict) or not all(isinstance(k, str) for k in value) or not _is_plain(value):
         raise UserError(f"{name} is {reprlib.repr(value)}, expected a mapping of argument names to values")
     return value

@@ -11,7 +11,7 @@ import yaml
 
 from vim.engine.trackers import check_trackers
 from vim.errors import UserError
-from vim.flags import GROUPS, Flag, Flags, defaults, flag_table, group_of
+from vim.flags import GROUPS, Flag, Flags, defaults, flag_table, group_of, pairs
 
 _LARGEST_CONFIG = 256 * 1024
 _OTHER_SPELLINGS = {
@@ -177,11 +177,13 @@ def parse_args(argv: list[str] | None = None, defaults: dict[str, Any] | None = 
     argv = sys.argv[1:] if argv is None else argv
     table = flag_table()
     given = vars(build_parser().parse_args(argv))
-    typed = {
+    typed = {}
+    for name, value in given.items():
+        flag, spelt = table[name], table[name].names[0].replace("_", "-")
         # None is `--no_amp`'s, which needs no conversion.
-        name: value if value is None else table[name].convert(value, table[name].names[0].replace("_", "-"))
-        for name, value in given.items()
-    }
+        if value is not None:
+            value = flag.convert(pairs(value, spelt) if flag.kind is dict else value, spelt)
+        typed[name] = value
     config = _flags_of(Path(typed["config"])) if "config" in typed else {}
     flags = Flags(**{**(defaults or {}), **config, **typed})
     flags.if_amp = flags.if_amp or flags.amp_dtype is not None
