@@ -133,7 +133,7 @@ def test_gradient_checkpointing_changes_memory_only():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"arch": "vim_huge"}, "expected one of vim_base_patch16_224"),
+        ({"arch": "vim_huge"}, "expected one of vim_base_layernorm_patch16_224, vim_base_patch16_224"),
         ({"arch": "resnet50"}, "arch is 'resnet50'"),
         ({"class_token": "middle"}, "expected 'keep' or 'remove'"),
         ({"out_indices": (1, 6)}, "indices is \\[1, 6\\]"),
