@@ -130,12 +130,20 @@ def test_registered_mixer_checks_its_arguments(randn):
         OPS.mixer_saving(xz, tensors, reverses, 0.5, "cuda")
 
 
+def registered_names() -> set[str]:
+    names = torch._C._dispatch_get_all_op_names()
+    return {name.split("::")[1].split(".")[0] for name in names if name.startswith("vision_mamba::")}
+
+
 def test_every_operator_is_checked_here():
     """The registered operators are those of the tests above; another one needs its own."""
-    registered = torch._C._dispatch_get_all_op_names()
-    names = {name.split("::")[1].split(".")[0] for name in registered if name.startswith("vision_mamba::")}
     forward = {"selective_scan", "causal_conv1d", "add_norm", "mixer"}
-    assert names == forward | {f"{name}_backward" for name in forward} | {"mixer_saving"}
+    assert registered_names() == forward | {f"{name}_backward" for name in forward} | {"mixer_saving"}
+
+
+def test_torch_has_no_decompositions_of_the_operators():
+    """Inductor refuses an operator of which it has one, wherever the environment variable CI is set."""
+    assert not torch._decomp.get_decompositions([getattr(OPS, name).default for name in registered_names()])
 
 
 def test_registered_operators_are_the_eager_functions(randn):

@@ -10,7 +10,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import torch._decomp
 from torch.onnx import register_custom_op_symbolic, symbolic_helper
 
 from causal_conv1d_vim.runtime.autodiff import recording
@@ -192,6 +191,9 @@ def register(
     function = _function(name, op, setup_context, vjp)
 
     def autograd(*args: Any) -> Any:
+        # torch's table of decompositions would serve the exporter too, but Inductor refuses operators that stand in it.
+        if onnx is not None and type(args[0]) is not torch.Tensor and torch.onnx.is_in_onnx_export():
+            return onnx.decomposition(*args)
         recorded = recording(*(t for t in args if isinstance(t, torch.Tensor)))
         return (function.apply if recorded else function.forward)(*args)
 
@@ -199,7 +201,6 @@ def register(
     # Transforms want to meet the autograd function before the dispatcher takes their layers apart.
     _library.impl(name, lambda *args: function.apply(*args), "FuncTorchDynamicLayerFrontMode")
     if onnx is not None:
-        torch._decomp.register_decomposition(op)(onnx.decomposition)
         parse = symbolic_helper.parse_args(*(_PARSED.get(str(a.type), "v") for a in op._schema.arguments))
         register_custom_op_symbolic(f"{_NAMESPACE}::{name}", parse(onnx.symbolic), _ONNX_OPSET)
     return op
