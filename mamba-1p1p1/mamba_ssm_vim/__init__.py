@@ -1,4 +1,4 @@
-"""Kernels and modules of Mamba-1, bidirectional included.
+"""Kernels and modules of Mamba-1, bidirectional included, and its language model.
 
 `selective_scan`, `mixer` and `bimamba_inner` are token-major, (batch, seqlen, dim); the published functions, whose
 names end in `_fn` and `_ref`, are channel-first, (batch, dim, seqlen).
@@ -6,6 +6,7 @@ names end in `_fn` and `_ref`, are channel-first, (batch, dim, seqlen).
 
 from causal_conv1d_vim.runtime.backend import BACKENDS, BackendError, use_backend
 
+from mamba_ssm_vim.models.mixer_seq_simple import MambaLMHeadModel
 from mamba_ssm_vim.modules.mamba_simple import Mamba
 from mamba_ssm_vim.ops.mixer import Direction, bimamba_inner, mixer
 from mamba_ssm_vim.ops.norm import RMSNorm, add_norm, layer_norm_fn, rms_norm_fn
@@ -26,6 +27,7 @@ __all__ = [
     "BackendError",
     "Direction",
     "Mamba",
+    "MambaLMHeadModel",
     "RMSNorm",
     "add_norm",
     "bimamba_inner",

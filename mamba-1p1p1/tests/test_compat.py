@@ -6,16 +6,30 @@ import sys
 import pytest
 
 PUBLISHED = {
-    "mamba_ssm": "Mamba selective_scan_fn mamba_inner_fn bimamba_inner_fn",
-    "mamba_ssm.modules.mamba_simple": "Mamba",
+    "mamba_ssm": "Mamba MambaLMHeadModel selective_scan_fn mamba_inner_fn bimamba_inner_fn",
+    "mamba_ssm.models.config_mamba": "MambaConfig",
+    "mamba_ssm.models.mixer_seq_simple": "MambaLMHeadModel MixerModel create_block Block MambaConfig",
+    "mamba_ssm.modules.block": "Block",
+    "mamba_ssm.modules.mamba_simple": "Mamba Block",
     "mamba_ssm.ops.selective_scan_interface": (
         "selective_scan_fn selective_scan_ref mamba_inner_fn mamba_inner_ref mamba_inner_fn_no_out_proj "
         "bimamba_inner_fn bimamba_inner_ref SelectiveScanFn MambaInnerFn"
     ),
-    "mamba_ssm.ops.triton.layernorm": "RMSNorm layer_norm_fn rms_norm_fn layer_norm_ref rms_norm_ref",
-    "mamba_ssm.ops.triton.layer_norm": "RMSNorm layer_norm_fn rms_norm_fn layer_norm_ref rms_norm_ref",
+    "mamba_ssm.ops.triton.layernorm": (
+        "RMSNorm layer_norm_fn rms_norm_fn layer_norm_ref rms_norm_ref LayerNormFn LayerNormLinearFn "
+        "layer_norm_linear_fn"
+    ),
+    "mamba_ssm.ops.triton.layer_norm": (
+        "RMSNorm layer_norm_fn rms_norm_fn layer_norm_ref rms_norm_ref LayerNormFn LayerNormLinearFn "
+        "layer_norm_linear_fn"
+    ),
     "mamba_ssm.ops.triton.selective_state_update": "selective_state_update selective_state_update_ref",
-    "mamba_ssm.utils.generation": "InferenceParams",
+    "mamba_ssm.utils.generation": (
+        "InferenceParams DecodingCGCache GenerationMixin decode sample update_graph_cache capture_graph "
+        "modify_logits_for_min_p_filtering modify_logits_for_top_k_filtering modify_logits_for_top_p_filtering "
+        "modify_logit_for_repetition_penalty"
+    ),
+    "mamba_ssm.utils.hf": "load_config_hf load_state_dict_hf",
     "causal_conv1d": "causal_conv1d_fn causal_conv1d_update",
     "causal_conv1d.causal_conv1d_interface": (
         "causal_conv1d_fn causal_conv1d_ref causal_conv1d_update causal_conv1d_update_ref"

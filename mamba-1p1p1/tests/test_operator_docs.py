@@ -1,4 +1,7 @@
-"""Every Python block of docs/operators.md runs; the first in its own process, since it changes what imports mean."""
+"""Every Python block of docs/operators.md and docs/language-model.md runs.
+
+The first of each does so in its own process, since it changes what imports mean.
+"""
 
 import re
 import subprocess
@@ -7,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
-DOCUMENT = (Path(__file__).parents[2] / "docs/operators.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", DOCUMENT, flags=re.DOTALL)
+DOCS = Path(__file__).parents[2] / "docs"
 
 
-@pytest.mark.parametrize("blocks", [BLOCKS[:1], BLOCKS[1:]], ids=["compat", "others"])
-def test_blocks_run(blocks):
-    assert len(BLOCKS) == 5
-    code = "\n".join(f"exec({block!r}, {{}})" for block in blocks)
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+@pytest.mark.parametrize("first", [True, False], ids=["compat", "others"])
+@pytest.mark.parametrize(("document", "count"), [("operators.md", 5), ("language-model.md", 3)])
+def test_blocks_run(document, count, first, tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / document).read_text(), flags=re.DOTALL)
+    assert len(blocks) == count
+    code = "\n".join(f"exec({block!r}, {{}})" for block in (blocks[:1] if first else blocks[1:]))
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr

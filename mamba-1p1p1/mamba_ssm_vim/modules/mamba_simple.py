@@ -1,11 +1,13 @@
 """The Mamba mixer as a module, unidirectional or bidirectional, under the published parameter names."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from causal_conv1d_vim import causal_conv1d_update
 from torch import nn
 
+from mamba_ssm_vim.modules import block
 from mamba_ssm_vim.modules.plain import is_plain
 from mamba_ssm_vim.ops.mixer import Direction, mixer
 from mamba_ssm_vim.ops.mixer.reference import convolve, mix_direction, projections_in_own_dtype, select, transition
@@ -272,3 +274,19 @@ class Mamba(nn.Module):
                 f"a bidirectional mixer (bimamba_type {self.bimamba_type!r}) sees the whole sequence at once and "
                 "cannot go token by token: call it without inference_params, or build it with bimamba_type='none'"
             )
+
+
+class Block(block.Block):
+    """`mamba_ssm_vim.modules.block.Block` with the arguments of release 1, which has no MLP."""
+
+    def __init__(
+        self,
+        dim: int,
+        mixer_cls: Callable[[int], nn.Module],
+        norm_cls: Callable[[int], nn.Module] = nn.LayerNorm,
+        fused_add_norm: bool = False,
+        residual_in_fp32: bool = False,
+    ) -> None:
+        super().__init__(
+            dim, mixer_cls, norm_cls=norm_cls, fused_add_norm=fused_add_norm, residual_in_fp32=residual_in_fp32
+        )

@@ -1,32 +1,216 @@
-"""The inference cache of a model, under its published name."""
+"""Generating text token by token, under the published names."""
 
-import dataclasses
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 
+from mamba_ssm_vim.utils.decoding_graph import DecodingCGCache, capture_graph, update_graph_cache
+from mamba_ssm_vim.utils.inference import InferenceParams
+from mamba_ssm_vim.utils.sampling import (
+    check_sampling,
+    modify_logit_for_repetition_penalty,
+    modify_logits_for_min_p_filtering,
+    modify_logits_for_top_k_filtering,
+    modify_logits_for_top_p_filtering,
+    sample,
+)
 
-@dataclasses.dataclass
-class InferenceParams:
-    """Inference cache of a model.
+__all__ = [
+    "DecodingCGCache",
+    "GenerationMixin",
+    "GenerationOutput",
+    "InferenceParams",
+    "capture_graph",
+    "decode",
+    "modify_logit_for_repetition_penalty",
+    "modify_logits_for_min_p_filtering",
+    "modify_logits_for_top_k_filtering",
+    "modify_logits_for_top_p_filtering",
+    "sample",
+    "update_graph_cache",
+]
+
+_logger = logging.getLogger("vision_mamba")
+
+
+class Streamer(Protocol):
+    """What takes tokens as they come, such as transformers' `TextStreamer`."""
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take the prompt (B, L), then each new token (B,), on the CPU."""
+
+    def end(self) -> None:
+        """No more tokens follow."""
+
+
+@dataclass
+class GenerationOutput:
+    """What `decode` gives; also by index and by name, as in transformers.
 
     Attributes:
-        max_seqlen: most tokens that will be seen.
-        max_batch_size: most sequences at a time.
-        seqlen_offset: tokens seen so far; modules run on whole sequences while it is 0, and token by token after.
-        batch_size_offset: first batch entry of the cache that is in use.
-        key_value_memory_dict: state of each layer by its `layer_idx`.
-        lengths_per_sample: (batch,) lengths of sequences that differ, or None.
+        sequences: (B, L) token numbers, prompt included.
+        scores: per new token the scores (B, V) before any filter, or None.
     """
 
-    max_seqlen: int
-    max_batch_size: int
-    seqlen_offset: int = 0
-    batch_size_offset: int = 0
-    key_value_memory_dict: dict = dataclasses.field(default_factory=dict)
-    lengths_per_sample: torch.Tensor | None = None
+    sequences: torch.Tensor
+    scores: tuple[torch.Tensor, ...] | None = None
 
-    def reset(self, max_seqlen: int, max_batch_size: int) -> None:
-        """Start over with new limits; the layers zero their own states."""
-        self.max_seqlen, self.max_batch_size, self.seqlen_offset = max_seqlen, max_batch_size, 0
-        if self.lengths_per_sample is not None:
-            self.lengths_per_sample.zero_()
+    def __getitem__(self, key: int | str) -> Any:
+        if isinstance(key, str):
+            return getattr(self, key)
+        return tuple(v for v in (self.sequences, self.scores) if v is not None)[key]
+
+
+@torch.inference_mode()
+def decode(
+    input_ids: torch.Tensor,
+    model: torch.nn.Module,
+    max_length: int,
+    top_k: int = 1,
+    top_p: float = 0.0,
+    min_p: float = 0.0,
+    temperature: float = 1.0,
+    repetition_penalty: float = 1.0,
+    eos_token_id: int | None = None,
+    teacher_outputs: torch.Tensor | None = None,
+    vocab_size: int | None = None,
+    cg: bool = False,
+    enable_timing: bool = False,
+    output_scores: bool = True,
+    streamer: Streamer | None = None,
+) -> GenerationOutput:
+    """Continue prompts, greedily or by drawing.
+
+    Args:
+        input_ids: (B, L) prompts of one length.
+        model: called with `input_ids`, `inference_params` and `num_last_tokens`, gives an object with `logits`.
+        max_length: tokens in the result, prompt included.
+        top_k, top_p, min_p, temperature: see `sample`.
+        repetition_penalty: see `modify_logit_for_repetition_penalty`; prompts count.
+        eos_token_id: a sequence ends with this token and is filled up with it; stop when all have ended.
+        teacher_outputs: (B, T) or None: tokens that are taken instead of drawn ones, at their positions in the result.
+        vocab_size: draw from the first tokens only, without the padding of the vocabulary.
+        cg: replay a CUDA graph at each step; on a CPU, which has none, it changes nothing.
+        enable_timing: print the time taken.
+        output_scores: keep the scores of every step.
+        streamer: gets the prompt and each new token.
+
+    Raises:
+        ValueError: settings that mean nothing, an empty prompt, or one that leaves nothing to generate.
+    """
+    check_sampling(top_k, top_p, min_p, temperature, repetition_penalty)
+    _check_lengths(input_ids, max_length, teacher_outputs)
+    batch_size, prompt_len = input_ids.shape
+    params, step = _start(model, input_ids, max_length, cg)
+    if streamer is not None:
+        streamer.put(input_ids.cpu())
+    started = _now(input_ids) if enable_timing else 0.0
+    sequences = input_ids.new_empty(batch_size, max_length)
+    sequences[:, :prompt_len] = input_ids
+    ended = torch.zeros(batch_size, dtype=torch.bool, device=input_ids.device)
+    scores, length, logits = [], prompt_len, _prefill(model, input_ids, params)
+    while True:
+        logits = logits[..., :vocab_size]
+        if output_scores:
+            scores.append(logits)
+        if teacher_outputs is not None and length < teacher_outputs.shape[1]:
+            token = teacher_outputs[:, length]
+        else:
+            if repetition_penalty != 1.0:
+                logits = modify_logit_for_repetition_penalty(logits.clone(), sequences[:, :length], repetition_penalty)
+            token = sample(logits, top_k, top_p, min_p, temperature)
+        if eos_token_id is not None:
+            token = token.masked_fill(ended, eos_token_id)
+            ended |= token == eos_token_id
+        sequences[:, length] = token
+        length += 1
+        if streamer is not None:
+            streamer.put(token.cpu())
+        if length == max_length or (eos_token_id is not None and bool(ended.all())):
+            break
+        logits = step(token.unsqueeze(1), length - 1)
+    if streamer is not None:
+        streamer.end()
+    if enable_timing:
+        print(f"Prompt processing + decoding time: {(_now(input_ids) - started) * 1000:.0f}ms")
+    return GenerationOutput(sequences[:, :length], tuple(scores) if output_scores else None)
+
+
+def _check_lengths(input_ids: torch.Tensor, max_length: int, teacher_outputs: torch.Tensor | None) -> None:
+    if input_ids.dim() != 2 or 0 in input_ids.shape:
+        raise ValueError(f"input_ids must be (batch, seqlen) with at least one token, got {tuple(input_ids.shape)}")
+    if max_length <= input_ids.shape[1]:
+        raise ValueError(
+            f"max_length is {max_length}, expected more than the {input_ids.shape[1]} tokens of the prompt, which count"
+        )
+    if teacher_outputs is not None and (teacher_outputs.dim() != 2 or len(teacher_outputs) != len(input_ids)):
+        raise ValueError(
+            f"teacher_outputs must be ({len(input_ids)}, seqlen) like the prompts, got {tuple(teacher_outputs.shape)}"
+        )
+
+
+def _now(tensor: torch.Tensor) -> float:
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
+    return time.perf_counter()
+
+
+def _prefill(model: torch.nn.Module, input_ids: torch.Tensor, params: InferenceParams) -> torch.Tensor:
+    """Scores (B, V) after the prompt."""
+    return model(input_ids, inference_params=params, num_last_tokens=1).logits[:, -1]
+
+
+def _start(model: torch.nn.Module, input_ids: torch.Tensor, max_length: int, cg: bool):
+    """A cache for these prompts, and `step(token (B, 1), offset)` → scores (B, V)."""
+    batch_size = input_ids.shape[0]
+    if cg and input_ids.is_cuda:
+        cache = update_graph_cache(model, getattr(model, "_decoding_cache", None), batch_size, 1, max_length)
+        model._decoding_cache = cache
+        cache.inference_params.reset(max_length, batch_size)
+        return cache.inference_params, lambda token, offset: cache.run(token, None, offset)[:, -1]
+    if cg:
+        _logger.info("cg=True changes nothing on a %s: CUDA graphs need a GPU", input_ids.device.type)
+    params = InferenceParams(max_seqlen=max_length, max_batch_size=batch_size)
+
+    def step(token: torch.Tensor, offset: int) -> torch.Tensor:
+        params.seqlen_offset = offset
+        return model(token, inference_params=params, num_last_tokens=1).logits[:, -1]
+
+    return params, step
+
+
+class GenerationMixin:
+    """Gives a language model `generate`."""
+
+    def allocate_inference_cache(self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs):
+        """Zero states by layer; the model defines it."""
+        raise NotImplementedError
+
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        max_length: int,
+        top_k: int = 1,
+        top_p: float = 0.0,
+        min_p: float = 0.0,
+        temperature: float = 1.0,
+        return_dict_in_generate: bool = False,
+        output_scores: bool = False,
+        **kwargs,
+    ) -> torch.Tensor | GenerationOutput:
+        """Continue prompts (B, L) to (B, max_length) token numbers.
+
+        Args:
+            input_ids, max_length, top_k, top_p, min_p, temperature: see `decode`.
+            return_dict_in_generate: give an object with `sequences` and `scores` instead of the sequences.
+            output_scores: keep the scores of every step in it.
+            kwargs: further arguments of `decode`.
+        """
+        output = decode(
+            input_ids, self, max_length, top_k=top_k, top_p=top_p, min_p=min_p, temperature=temperature,
+            output_scores=output_scores, **kwargs,
+        )  # fmt: skip
+        return output if return_dict_in_generate else output.sequences

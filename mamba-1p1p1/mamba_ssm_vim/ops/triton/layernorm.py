@@ -3,9 +3,25 @@
 import torch
 
 from mamba_ssm_vim.ops.norm import RMSNorm, layer_norm_fn, rms_norm_fn
+from mamba_ssm_vim.ops.norm.linear import LayerNormLinearFn, layer_norm_linear_fn
 from mamba_ssm_vim.ops.norm.reference import add_norm_ref
 
-__all__ = ["RMSNorm", "layer_norm_fn", "layer_norm_ref", "rms_norm_fn", "rms_norm_ref"]
+__all__ = [
+    "LayerNormFn",
+    "LayerNormLinearFn",
+    "RMSNorm",
+    "layer_norm_fn",
+    "layer_norm_linear_fn",
+    "layer_norm_ref",
+    "rms_norm_fn",
+    "rms_norm_ref",
+]
+
+
+class LayerNormFn:
+    """`layer_norm_fn` under the published name of its autograd function, for code that calls `apply`."""
+
+    apply = staticmethod(layer_norm_fn)
 
 
 def layer_norm_ref(

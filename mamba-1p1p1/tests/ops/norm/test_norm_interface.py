@@ -21,6 +21,28 @@ def norm(total, weight, bias, rms, eps):
 
 
 @pytest.mark.parametrize("rms", [False, True])
+@pytest.mark.parametrize("module", [layernorm, layer_norm])
+def test_norm_and_linear_layer(module, rms):
+    x, residual, _, weight, bias, *_ = make()
+    matrix = torch.randn(6, 16, generator=torch.Generator().manual_seed(1))
+    expected = F.linear(norm(x + residual, weight, bias, rms, 1e-4), matrix, bias[:6])
+    for f in (module.layer_norm_linear_fn, module.LayerNormLinearFn.apply):
+        y, total = f(x, weight, bias, matrix, bias[:6], residual, 1e-4, True, False, rms)
+        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(total, x + residual)
+        y, total = f(x.bfloat16(), weight, bias, matrix, None, eps=1e-4, prenorm=True, residual_in_fp32=True)
+        assert (y.dtype, total.dtype) == (torch.float32, torch.float32)
+    settings = {"eps": 1e-4, "prenorm": True, "is_rms_norm": rms}
+    found = (
+        module.LayerNormFn.apply(x, weight, bias, residual, 1e-4, True, False, rms)
+        if module is layernorm
+        else module.LayerNormFn.apply(x, weight, bias, residual, None, None, None, 1e-4, 0.0, None, True, False, rms)
+    )
+    for a, b in zip(found, module.layer_norm_fn(x, weight, bias, residual, **settings), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("rms", [False, True])
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("module", [layernorm, layer_norm])
 def test_operator_and_reference(module, with_residual, rms):

@@ -1,0 +1,1 @@
+"""The Mamba language model under its published import paths."""
