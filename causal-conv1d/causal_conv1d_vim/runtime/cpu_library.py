@@ -28,7 +28,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEPT_BYTES, _LARGEST_KEPT_BLOCK = 1 << 30, 32 << 20
 
 _logger = logging.getLogger("vision_mamba")
-_SUFFIXES = (".dylib", ".so") if sys.platform == "darwin" else (".so",)
+# File names by sys.platform: on Windows GCC and clang write the prefix, Microsoft's compiler does not.
+_FILE_NAMES = {"win32": ("lib{}.dll", "{}.dll"), "darwin": ("lib{}.dylib", "lib{}.so")}
 
 
 class Arguments:
@@ -75,10 +76,8 @@ class Library:
         self.reason: str | None = None
         self.instruction_set = ""
         self._library: ctypes.CDLL | None = None
-        folders = [Path(entry) / "_lib" for entry in package_path]
-        found = [
-            f / f"lib{name}{suffix}" for f in folders for suffix in _SUFFIXES if (f / f"lib{name}{suffix}").exists()
-        ]
+        names = [form.format(name) for form in _FILE_NAMES.get(sys.platform, ("lib{}.so",))]
+        found = [f for entry in package_path for file in names if (f := Path(entry) / "_lib" / file).exists()]
         if not found:
             self.reason = (
                 "the native CPU library was not built; install again with a C++ compiler, "

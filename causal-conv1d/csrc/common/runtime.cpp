@@ -12,6 +12,7 @@
 #endif
 
 #if VIM_X86
+#include <cpuid.h>
 #include <immintrin.h>
 #endif
 
@@ -54,12 +55,42 @@ void work(void *data) {
   }
 }
 
+#ifdef _WIN32
+void *allocate(size_t bytes) { return _aligned_malloc(bytes, 64); }
+void release(void *memory) { _aligned_free(memory); }
+#else
+void *allocate(size_t bytes) {
+  void *memory = nullptr;
+  return posix_memalign(&memory, 64, bytes) == 0 ? memory : nullptr;
+}
+void release(void *memory) { free(memory); }
+#endif
+
+#if VIM_X86
+// What the processor has and the system saves at a switch of threads, asked for directly: not every compiler's runtime
+// has what __builtin_cpu_supports needs, and it then answers that there is nothing.
+int best_isa() {
+  unsigned a, b, c, d;
+  constexpr unsigned fma = 1u << 12, osxsave = 1u << 27, avx = 1u << 28, f16c = 1u << 29;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || (c & (fma | osxsave | avx | f16c)) != (fma | osxsave | avx | f16c))
+    return 0;
+  unsigned saved, high;
+  __asm__("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
+  constexpr unsigned avx2 = 1u << 5, avx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;  // F, DQ, BW, VL
+  if ((saved & 0x06u) != 0x06u || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b & avx2))
+    return 0;
+  return (saved & 0xe6u) == 0xe6u && (b & avx512) == avx512 ? 2 : 1;
+}
+#else
+int best_isa() { return 0; }
+#endif
+
 struct Buffers {
   void *data[4] = {};
   size_t bytes[4] = {};
   ~Buffers() {
     for (void *p : data)
-      free(p);
+      release(p);
   }
 };
 
@@ -93,10 +124,10 @@ void parallel(int64_t count, int64_t threads, Task task, const void *args) {
 void *scratch(int slot, size_t bytes) {
   thread_local Buffers buffers;
   if (buffers.bytes[slot] < bytes) {
-    free(buffers.data[slot]);
+    release(buffers.data[slot]);
     const size_t rounded = (bytes + 4095) / 4096 * 4096;
-    buffers.data[slot] = nullptr;
-    if (posix_memalign(&buffers.data[slot], 64, rounded) != 0)
+    buffers.data[slot] = allocate(rounded);
+    if (buffers.data[slot] == nullptr)
       abort();
     buffers.bytes[slot] = rounded;
   }
@@ -105,15 +136,7 @@ void *scratch(int slot, size_t bytes) {
 
 int isa() {
   static const int chosen = [] {
-    int best = 0;
-#if VIM_X86
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-      best = 1;
-    if (best == 1 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
-      best = 2;
-#endif
+    const int best = best_isa();
     const char *forced = getenv("VIM_CPU_ISA");
     if (forced == nullptr || *forced == 0)
       return best;

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -33,6 +34,29 @@ def test_broken_library_is_a_reason_and_not_a_crash(tmp_path):
     (tmp_path / "_lib" / "libvim_conv.so").write_bytes(b"not a library")
     (tmp_path / "_lib" / "libvim_conv.dylib").write_bytes(b"not a library")
     assert "does not load" in cpu_library.Library("vim_conv", [str(tmp_path)]).reason
+
+
+@pytest.mark.parametrize(("system", "file"), [
+    ("win32", "libvim_conv.dll"), ("win32", "vim_conv.dll"), ("darwin", "libvim_conv.dylib"),
+    ("linux", "libvim_conv.so"),
+])  # fmt: skip
+def test_file_name_of_each_system(system, file, tmp_path, monkeypatch):
+    (tmp_path / "_lib").mkdir()
+    (tmp_path / "_lib" / file).write_bytes(b"not a library")
+    monkeypatch.setattr(sys, "platform", system)
+    assert "does not load" in cpu_library.Library("vim_conv", [str(tmp_path)]).reason
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists() or platform.machine() != "x86_64", reason="asks Linux on x86_64")
+@needs_library
+def test_best_instruction_set_is_chosen():
+    """Against what Linux says of the processor: a wrong answer costs a factor of two to four and no test's result."""
+    flags = set(re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M)[1].split())
+    avx2 = flags >= {"avx2", "fma", "f16c"}
+    avx512 = avx2 and flags >= {"avx512f", "avx512dq", "avx512bw", "avx512vl"}
+    expected = "avx512" if avx512 else "avx2" if avx2 else "baseline"
+    code = "from causal_conv1d_vim.conv.cpu import library; print(library.instruction_set)"
+    assert run_with("", code).stdout.split() == [expected]
 
 
 @needs_library

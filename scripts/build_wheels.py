@@ -1,0 +1,147 @@
+"""Build wheels that need no compiler where they are installed: one per platform, for every Python 3 and every torch.
+
+The compiler is that of the PyPI package ziglang, which compiles for another system and for an older glibc than its own:
+
+    pip install 'vision-mamba[wheels]'
+    python scripts/build_wheels.py                      # Linux (x86_64 and aarch64), macOS and Windows, into dist/
+    python scripts/build_wheels.py linux-aarch64 --no-build-isolation
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+LIBRARIES = {"causal_conv1d_vim": "vim_conv", "mamba_ssm_vim": "vim_mamba"}
+
+
+class Platform(NamedTuple):
+    """What ziglang and pip call a platform, and how its shared libraries are named."""
+
+    target: str
+    tag: str
+    library: str = "lib{}.so"
+
+
+PLATFORMS = {
+    "linux-x86_64": Platform("x86_64-linux-gnu.2.28", "manylinux_2_28_x86_64"),
+    "linux-aarch64": Platform("aarch64-linux-gnu.2.28", "manylinux_2_28_aarch64"),
+    "macos-arm64": Platform("aarch64-macos.11.0", "macosx_11_0_arm64", "lib{}.dylib"),
+    "windows-x86_64": Platform("x86_64-windows-gnu", "win_amd64", "lib{}.dll"),
+}
+
+
+class BuildError(Exception):
+    """A wheel that cannot be made, or that is not what it should be."""
+
+
+def python(*arguments: str | Path) -> str:
+    """Run this Python.
+
+    Returns:
+        What it prints.
+
+    Raises:
+        BuildError: it fails.
+    """
+    env = {**os.environ, "VIM_BUILD_CUDA": "0"}
+    done = subprocess.run([sys.executable, *arguments], env=env, text=True, capture_output=True, check=False)
+    if done.returncode != 0:
+        raise BuildError(f"{' '.join(map(str, arguments[:4]))} failed:\n{done.stdout}{done.stderr}")
+    return done.stdout + done.stderr
+
+
+def compile_wheel(name: str, output: Path, isolated: bool) -> Path:
+    """A wheel with the platform's libraries, still tagged as one for the machine that builds.
+
+    Args:
+        name: of the platform.
+        output: an empty folder.
+        isolated: whether pip installs the build's requirements by itself, in a place of their own.
+
+    Raises:
+        BuildError: the compiler is missing or fails, or the wheel came out without a library.
+    """
+    platform = PLATFORMS[name]
+    settings = {
+        "build-dir": ROOT / "build" / "wheels" / name,
+        "cmake.define.CMAKE_TOOLCHAIN_FILE": ROOT / "cmake" / "zig.cmake",
+        "cmake.define.VIM_ZIG_TARGET": platform.target,
+        "cmake.define.VIM_ZIG_PYTHON": sys.executable,
+        "install.strip": "false",  # by the linker, because the host's strip may not know the format
+    }
+    options = [] if isolated else ["--no-build-isolation"]
+    options += [f"--config-settings={key}={value}" for key, value in settings.items()]
+    python("-m", "pip", "wheel", "--no-deps", "--quiet", *options, "--wheel-dir", output, ROOT)
+    (wheel,) = output.glob("*.whl")
+    held = {n for n in zipfile.ZipFile(wheel).namelist() if "/_lib/" in n}
+    expected = {f"{package}/_lib/{platform.library.format(library)}" for package, library in LIBRARIES.items()}
+    if held != expected:
+        raise BuildError(f"the wheel for {name} holds {sorted(held) or 'no libraries'}, expected {sorted(expected)}")
+    return wheel
+
+
+def build(name: str, output: Path, isolated: bool = True) -> Path:
+    """Build and check one platform's wheel.
+
+    Args:
+        name: key of `PLATFORMS`.
+        output: folder to put it into.
+        isolated: as for `compile_wheel`.
+
+    Returns:
+        The wheel.
+
+    Raises:
+        BuildError: it cannot be built, or needs more of the system than its tag promises.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        wheel = compile_wheel(name, Path(folder), isolated)
+        python("-m", "wheel", "tags", "--remove", "--platform-tag", PLATFORMS[name].tag, wheel)
+        (wheel,) = Path(folder).glob("*.whl")
+        if name.startswith("linux"):
+            check_symbols(wheel)
+        output.mkdir(parents=True, exist_ok=True)
+        return Path(shutil.copy(wheel, output))
+
+
+def check_symbols(wheel: Path) -> None:
+    """Ask auditwheel whether the libraries ask no more of a system than glibc 2.28 has.
+
+    Raises:
+        BuildError: they do.
+    """
+    told = python("-m", "auditwheel", "show", wheel)
+    suits = re.search(r'"manylinux_2_(\d+)_\w+"', told)
+    if suits is None or int(suits[1]) > 28 or "external shared libraries are required" in " ".join(told.split()):
+        raise BuildError(f"{wheel.name} needs more than manylinux_2_28 offers:\n{told}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0, or 1 if a wheel could not be built."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("platforms", nargs="*", metavar="PLATFORM", help=f"all, or some of: {', '.join(PLATFORMS)}")
+    parser.add_argument("--output", type=Path, default=ROOT / "dist", help="folder for the wheels")
+    parser.add_argument("--no-build-isolation", action="store_true", help="use the installed scikit-build-core")
+    args = parser.parse_args(argv)
+    if unknown := set(args.platforms) - PLATFORMS.keys():
+        parser.error(f"there is no platform {unknown.pop()}: choose some of {', '.join(PLATFORMS)}")
+    try:
+        for name in args.platforms or PLATFORMS:
+            wheel = build(name, args.output, not args.no_build_isolation)
+            print(f"{wheel}: {wheel.stat().st_size / 1e6:.2f} MB")
+    except BuildError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
