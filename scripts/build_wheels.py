@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-LIBRARIES = {"causal_conv1d_vim": "vim_conv", "mamba_ssm_vim": "vim_mamba"}
+LIBRARIES = (("causal_conv1d_vim", "vim_conv"), ("mamba_ssm_vim", "vim_mamba"), ("mamba_ssm_vim", "vim_onnxruntime"))
 
 
 class Platform(NamedTuple):
@@ -82,7 +82,7 @@ def compile_wheel(name: str, output: Path, isolated: bool) -> Path:
     python("-m", "pip", "wheel", "--no-deps", "--quiet", *options, "--wheel-dir", output, ROOT)
     (wheel,) = output.glob("*.whl")
     held = {n for n in zipfile.ZipFile(wheel).namelist() if "/_lib/" in n}
-    expected = {f"{package}/_lib/{platform.library.format(library)}" for package, library in LIBRARIES.items()}
+    expected = {f"{package}/_lib/{platform.library.format(library)}" for package, library in LIBRARIES}
     if held != expected:
         raise BuildError(f"the wheel for {name} holds {sorted(held) or 'no libraries'}, expected {sorted(expected)}")
     return wheel

@@ -1,4 +1,4 @@
-"""Write a model as ONNX of standard operators, check it in ONNX Runtime and time it.
+"""Write a model as ONNX, check it in ONNX Runtime and time it.
 
 python scripts/export_onnx.py vim_tiny_patch16_224 --checkpoint vim_t.pth --img-size 224 448 --output vim_t.onnx
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import timm
 import torch
+from mamba_ssm_vim.onnxruntime import library_path
 
 import vim  # noqa: F401  registers the models
 from vim.errors import USER_ERRORS, UserError
@@ -44,12 +45,14 @@ def build(args: argparse.Namespace) -> VisionMamba:
     return model
 
 
-def check(model: VisionMamba, file: Path, threads: int) -> tuple[float, float]:
+def check(model: VisionMamba, file: Path, threads: int, native: bool = False) -> tuple[float, float]:
     """Largest difference from PyTorch over batches of 1 and 3 images, and seconds per single image."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    if native:
+        options.register_custom_ops_library(str(library_path()))
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     generator = torch.Generator().manual_seed(0)
     difference, seconds = 0.0, float("inf")
@@ -78,6 +81,11 @@ def run(argv: list[str] | None = None) -> None:
     parser.add_argument("--use-ema", action="store_true", help="take the checkpoint's EMA weights")
     parser.add_argument("--img-size", type=int, nargs="+", metavar="PIXELS", help="side, or height and width")
     parser.add_argument("--output", type=Path, default=Path("model.onnx"), help="file to write")
+    parser.add_argument(
+        "--native", action="store_true",
+        help="mixers as an operator of the domain vision_mamba, which ONNX Runtime runs with this project's CPU "
+        "library, instead of standard operators only",
+    )  # fmt: skip
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of ONNX Runtime in the check")
     args = parser.parse_args(argv)
     if args.img_size is not None and len(args.img_size) > 2:
@@ -91,8 +99,13 @@ def run(argv: list[str] | None = None) -> None:
         from vim.models.export import export_onnx
     except ImportError as error:
         raise UserError(f"{error.name} is missing: pip install 'vision-mamba[export]'") from error
-    export_onnx(model, args.output)
-    difference, seconds = check(model, args.output, args.threads)
+    if args.native:
+        try:
+            library_path()
+        except FileNotFoundError as error:
+            raise UserError(str(error)) from error
+    export_onnx(model, args.output, native=args.native)
+    difference, seconds = check(model, args.output, args.threads, args.native)
     if not difference <= TOLERANCE:
         raise UserError(f"{args.output} differs from PyTorch by {difference:.1e}, more than {TOLERANCE}: do not use it")
     print(

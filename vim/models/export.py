@@ -1,13 +1,15 @@
-"""ONNX export: the project's operators translated to standard ONNX operators, the scan to ONNX Scan.
+"""ONNX export: to standard operators, the scan to ONNX Scan, or the mixer to the native kernels in ONNX Runtime.
 
 Needs the `export` extra (onnx, onnxscript). Legend: B batch, L tokens, E inner width, N states, W convolution width.
 """
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import onnx
 import torch
+from mamba_ssm_vim.ops.mixer.op import kept_whole
 from onnxscript import FLOAT, graph, script, values
 from onnxscript import opset18 as op
 
@@ -15,6 +17,25 @@ from vim.models.vision_mamba import VisionMamba
 
 OPSET = 18
 _LOCAL = values.Opset("vision_mamba", 1)
+_PER_DIRECTION, _DIRECTIONS = 8, 2  # tensors of a direction of the mixer, and the most directions
+
+
+def _mixer_operator() -> values.Op:
+    """The operator of mamba-1p1p1/csrc/onnxruntime: xz, then the tensors of each direction, in float32."""
+    kinds, types = onnx.defs.OpSchema.FormalParameterOption, onnx.defs.OpSchema.AttrType
+    parameter, attribute = onnx.defs.OpSchema.FormalParameter, onnx.defs.OpSchema.Attribute
+    weights = (f"weight_{i}" for i in range(_DIRECTIONS * _PER_DIRECTION))
+    schema = onnx.defs.OpSchema(
+        "Mixer", _LOCAL.domain, _LOCAL.version,
+        inputs=[parameter("xz", "tensor(float)"),
+                *(parameter(w, "tensor(float)", param_option=kinds.Optional) for w in weights)],
+        outputs=[parameter("out", "tensor(float)")],
+        attributes=[attribute("reverse", types.INT), attribute("scale", types.FLOAT)],
+    )  # fmt: skip
+    return values.Op(_LOCAL, "Mixer", schema)
+
+
+_MIXER = _mixer_operator()
 
 
 @script(_LOCAL, default_opset=op)
@@ -102,25 +123,40 @@ def _add_norm(x, residual, weight, bias, eps, rms, residual_dtype):
     return y, total, op.Squeeze(mean, last_axis), op.Reciprocal(op.Squeeze(deviation, last_axis))
 
 
-def translations() -> dict[Any, Any]:
-    """The table of operator translations for `torch.onnx.export(custom_translation_table=...)`."""
+def _native_mixer(xz, tensors, reverses, scale):
+    if len(reverses) > _DIRECTIONS:
+        raise ValueError(f"the native mixer takes {_DIRECTIONS} directions, got {len(reverses)}")
+    return _MIXER(xz, *tensors, reverse=sum(bool(r) << d for d, r in enumerate(reverses)), scale=scale)
+
+
+def translations(native: bool = False) -> dict[Any, Any]:
+    """The table of operator translations for `torch.onnx.export(custom_translation_table=...)`.
+
+    Args:
+        native: a whole mixer to the operator of the domain `vision_mamba`.
+    """
     ops = torch.ops.vision_mamba
-    return {
+    table = {
         ops.selective_scan.default: _selective_scan,
         ops.causal_conv1d.default: _causal_conv1d,
         ops.add_norm.default: _add_norm,
     }
+    if native:
+        table[ops.mixer.default] = _native_mixer
+    return table
 
 
-def export_onnx(model: VisionMamba, file: str | Path) -> onnx.ModelProto:
+def export_onnx(model: VisionMamba, file: str | Path, *, native: bool = False) -> onnx.ModelProto:
     """Write a float32 model with input `images` (batch, C, H, W), `batch` free, and output `logits`.
 
     Args:
         model: exported in evaluation mode, for images of its own size (`set_input_size` sets another one first).
         file: where to write.
+        native: mixers are operators of the domain `vision_mamba`, which ONNX Runtime runs on CPUs with the library
+            `mamba_ssm_vim.onnxruntime.library_path()`, several times as fast. Mixers that pool have no such operator.
 
     Returns:
-        The model as written, of standard ONNX operators only.
+        The model as written, of standard ONNX operators only unless `native`.
 
     Raises:
         ValueError: the model is not float32 throughout.
@@ -132,18 +168,20 @@ def export_onnx(model: VisionMamba, file: str | Path) -> onnx.ModelProto:
         )
     training = model.training
     model.eval()
+    whole = kept_whole() if native else contextlib.nullcontext()
     try:
-        program = torch.onnx.export(
-            model,
-            (torch.zeros(2, *model.input_shape),),
-            input_names=["images"],
-            output_names=["logits"],
-            dynamic_shapes={"x": {0: torch.export.Dim("batch")}},
-            opset_version=OPSET,
-            custom_translation_table=translations(),
-            dynamo=True,
-            verbose=False,
-        )
+        with whole, torch.no_grad():
+            program = torch.onnx.export(
+                model,
+                (torch.zeros(2, *model.input_shape),),
+                input_names=["images"],
+                output_names=["logits"],
+                dynamic_shapes={"x": {0: torch.export.Dim("batch")}},
+                opset_version=OPSET,
+                custom_translation_table=translations(native),
+                dynamo=True,
+                verbose=False,
+            )
     finally:
         model.train(training)
     program.save(str(file))

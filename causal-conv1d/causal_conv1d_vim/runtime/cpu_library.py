@@ -30,6 +30,17 @@ _KEPT_BYTES, _LARGEST_KEPT_BLOCK = 1 << 30, 32 << 20
 _logger = logging.getLogger("vision_mamba")
 # File names by sys.platform: on Windows GCC and clang write the prefix, Microsoft's compiler does not.
 _FILE_NAMES = {"win32": ("lib{}.dll", "{}.dll"), "darwin": ("lib{}.dylib", "lib{}.so")}
+MISSING = (
+    "the native CPU library was not built; install again with a C++ compiler, "
+    "or run scripts/build_native.sh in the source tree"
+)
+
+
+def find(name: str, package_path: Iterable[str]) -> Path | None:
+    """The file of a compiled library in the `_lib` folder of a package, or None."""
+    names = [form.format(name) for form in _FILE_NAMES.get(sys.platform, ("lib{}.so",))]
+    files = (Path(entry) / "_lib" / file for entry in package_path for file in names)
+    return next((file for file in files if file.exists()), None)
 
 
 class Arguments:
@@ -76,17 +87,13 @@ class Library:
         self.reason: str | None = None
         self.instruction_set = ""
         self._library: ctypes.CDLL | None = None
-        names = [form.format(name) for form in _FILE_NAMES.get(sys.platform, ("lib{}.so",))]
-        found = [f for entry in package_path for file in names if (f := Path(entry) / "_lib" / file).exists()]
-        if not found:
-            self.reason = (
-                "the native CPU library was not built; install again with a C++ compiler, "
-                "or run scripts/build_native.sh in the source tree"
-            )
+        file = find(name, package_path)
+        if file is None:
+            self.reason = MISSING
             _logger.warning("%s: %s; the slow reference backend serves on CPUs", name, self.reason)
             return
         try:
-            library = ctypes.CDLL(str(found[0]))
+            library = ctypes.CDLL(str(file))
         except OSError as error:
             self.reason = f"the native CPU library does not load: {error}"
             _logger.warning("%s: %s; the slow reference backend serves on CPUs", name, self.reason)

@@ -35,6 +35,9 @@ typedef void (*GompParallel)(void (*body)(void *), void *data, unsigned threads,
 
 std::atomic<GompParallel> gomp_parallel{nullptr};
 
+thread_local Runner runner = nullptr;
+thread_local void *runner_context = nullptr;
+
 struct Job {
   Task task;
   const void *args;
@@ -109,6 +112,10 @@ void parallel(int64_t count, int64_t threads, Task task, const void *args) {
   job.task = task;
   job.args = args;
   job.count = count;
+  if (runner) {
+    runner(runner_context, work, &job, threads);
+    return;
+  }
   if (GompParallel run = gomp_parallel.load(std::memory_order_acquire)) {
     run(work, &job, static_cast<unsigned>(threads), 0);
     return;
@@ -119,6 +126,11 @@ void parallel(int64_t count, int64_t threads, Task task, const void *args) {
   work(&job);
   for (std::thread &t : pool)
     t.join();
+}
+
+void use_runner(Runner run, void *context) {
+  runner = run;
+  runner_context = context;
 }
 
 void *scratch(int slot, size_t bytes) {

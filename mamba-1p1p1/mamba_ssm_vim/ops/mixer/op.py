@@ -6,7 +6,8 @@ operators that it is composed of (`mixer_ref`).
 Legend: B batch, L tokens, E inner channels, N states, R rank of dt, W convolution width.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from causal_conv1d_vim.runtime.autodiff import dispatched, forbid_double_backward, gradients, recording
@@ -22,6 +23,21 @@ backends = OpBackends("mixer", "mamba_ssm_vim.ops.mixer")
 # Operators and autograd functions get the tensors of all directions flat, in this order.
 _TENSORS = tuple(name for name in FIELDS if name != "reverse")
 _OPTIONAL = ("conv_bias", "A_back")
+_whole = False
+
+
+@contextlib.contextmanager
+def kept_whole() -> Iterator[None]:
+    """While it lasts, a graph that `torch.export` makes without gradients has one node for a mixer.
+
+    That is for runtimes that have the operator too. Graphs that are made elsewhere at the same time get it as well.
+    """
+    global _whole
+    before, _whole = _whole, True
+    try:
+        yield
+    finally:
+        _whole = before
 
 
 def _flat(directions: list[Direction]) -> list[torch.Tensor | None]:
@@ -245,7 +261,7 @@ def mixer(xz: torch.Tensor, directions: list[Direction], *, scale: float = 1.0) 
     if not dispatched((xz,), tensors):
         _check(xz, directions)
         return _run(xz, directions, scale)
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+    if torch.compiler.is_compiling() and (_whole or not torch.compiler.is_exporting()):
         return _op(xz, tensors, [direction.reverse for direction in directions], scale)
     _check(xz, directions)
     return mixer_ref(xz, directions, scale=scale)
