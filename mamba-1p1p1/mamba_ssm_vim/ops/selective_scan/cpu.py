@@ -33,14 +33,17 @@ _backward = library.function("vim_scan_backward", GRAD_ARGUMENTS)
 
 _PARALLEL_FROM = 1 << 15  # state updates; fewer are done before a second thread has woken up
 _NONE = (None, (0, 0, 0, 0))
+_TYPES = frozenset(DTYPES)
 
 
 def why_not(u: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor) -> str | None:
     """None if these inputs of a scan can be served here, else the reason."""
-    if A.dtype.is_complex or B.dtype.is_complex or C.dtype.is_complex:
-        return "complex A, B or C"
-    if torch.float64 in (A.dtype, B.dtype, C.dtype):
-        return "A, B or C is float64"
+    types = A.dtype, B.dtype, C.dtype
+    if not _TYPES.issuperset(types):
+        if any(dtype.is_complex for dtype in types):
+            return "complex A, B or C"
+        if torch.float64 in types:
+            return "A, B or C is float64"
     if B.dim() == C.dim() == 4 and B.shape[2] != C.shape[2]:
         return "B and C have different numbers of groups"
     return cpu_library.why_not(library, u, A, B, C)
@@ -59,11 +62,14 @@ def _tokens(t: torch.Tensor | None) -> tuple[torch.Tensor | None, tuple[int, int
 
 def _projection(t: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int, int], bool, int]:
     """B or C as the kernel reads it: like `_tokens`, then whether it is constant, and its group stride."""
-    if t.dim() == 2:
+    strides = t.stride()
+    if len(strides) == 2:
         t = plain(t)
         return t, (t.data_ptr(), 0, 0, 0), True, 0
-    t, fields = _tokens(t)
-    return t, fields, False, t.stride(2)
+    if strides[3] != 1:
+        t = rows(t)
+        strides = t.stride()
+    return t, (t.data_ptr(), DTYPES[t.dtype], strides[0], strides[1]), False, strides[2]
 
 
 def _groups(B: torch.Tensor, C: torch.Tensor) -> int:
