@@ -22,4 +22,5 @@ export PYTHONPATH="$copy/mamba-1p1p1:$copy/causal-conv1d" PYTHONDONTWRITEBYTECOD
 export ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 LD_PRELOAD="$runtime $("$cxx" -print-file-name=libstdc++.so)" "$python" -m pytest --import-mode=importlib -q \
   -p no:cacheprovider -m "not slow" causal-conv1d/tests/conv/test_conv_cpu.py \
-  mamba-1p1p1/tests/ops/{selective_scan/test_selective_scan,norm/test_norm,mixer/test_mixer}_cpu.py "$@"
+  mamba-1p1p1/tests/ops/{selective_scan/test_selective_scan,norm/test_norm,mixer/test_mixer}_cpu.py \
+  mamba-1p1p1/tests/models/test_native_decoder.py "$@"

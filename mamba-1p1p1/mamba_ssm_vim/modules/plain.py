@@ -21,17 +21,24 @@ def is_plain(module: nn.Module) -> bool:
     own (offloading), hooks on it or on every module, a weight computed by a hook (pruning, weight norm), or a weight of
     a tensor subclass. Such a module must be called.
     """
-    own = module.__dict__
     return (
         type(module) in _CLASSES
-        and not (
+        and type(module.__dict__["_parameters"].get("weight")) in _TENSORS
+        and is_unhooked(module)
+    )
+
+
+def is_unhooked(module: nn.Module) -> bool:
+    """Whether calling a module runs its class's forward and nothing else."""
+    own = module.__dict__
+    return (
+        not (
             own["_forward_hooks"]
             or own["_forward_pre_hooks"]
             or own["_backward_hooks"]
             or own["_backward_pre_hooks"]
             or "forward" in own
         )
-        and type(own["_parameters"].get("weight")) in _TENSORS
         # Counters of operations hook into every module to know where they are; what they count is the operators.
         and (not torch_module._has_any_global_hook() or is_in_torch_dispatch_mode())
     )

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -104,14 +105,16 @@ def decode(
     check_sampling(top_k, top_p, min_p, temperature, repetition_penalty)
     _check_lengths(input_ids, max_length, teacher_outputs)
     batch_size, prompt_len = input_ids.shape
-    params, step = _start(model, input_ids, max_length, cg)
+    params, graphs = _start(model, input_ids, max_length, cg)
     if streamer is not None:
         streamer.put(input_ids.cpu())
     started = _now(input_ids) if enable_timing else 0.0
     sequences = input_ids.new_empty(batch_size, max_length)
     sequences[:, :prompt_len] = input_ids
     ended = torch.zeros(batch_size, dtype=torch.bool, device=input_ids.device)
-    scores, length, logits = [], prompt_len, _prefill(model, input_ids, params)
+    scores, length = [], prompt_len
+    logits = model(input_ids, inference_params=params, num_last_tokens=1).logits[:, -1]
+    step = _step(model, params, graphs)
     while True:
         logits = logits[..., :vocab_size]
         if output_scores:
@@ -158,28 +161,36 @@ def _now(tensor: torch.Tensor) -> float:
     return time.perf_counter()
 
 
-def _prefill(model: torch.nn.Module, input_ids: torch.Tensor, params: InferenceParams) -> torch.Tensor:
-    """Scores (B, V) after the prompt."""
-    return model(input_ids, inference_params=params, num_last_tokens=1).logits[:, -1]
-
-
-def _start(model: torch.nn.Module, input_ids: torch.Tensor, max_length: int, cg: bool):
-    """A cache for these prompts, and `step(token (B, 1), offset)` → scores (B, V)."""
+def _start(
+    model: torch.nn.Module, input_ids: torch.Tensor, max_length: int, cg: bool
+) -> tuple[InferenceParams, DecodingCGCache | None]:
+    """An inference cache for these prompts, and the graphs that work on it, if they are wanted and possible."""
     batch_size = input_ids.shape[0]
     if cg and input_ids.is_cuda:
         cache = update_graph_cache(model, getattr(model, "_decoding_cache", None), batch_size, 1, max_length)
         model._decoding_cache = cache
         cache.inference_params.reset(max_length, batch_size)
-        return cache.inference_params, lambda token, offset: cache.run(token, None, offset)[:, -1]
+        return cache.inference_params, cache
     if cg:
         _logger.info("cg=True changes nothing on a %s: CUDA graphs need a GPU", input_ids.device.type)
-    params = InferenceParams(max_seqlen=max_length, max_batch_size=batch_size)
+    return InferenceParams(max_seqlen=max_length, max_batch_size=batch_size), None
+
+
+def _step(
+    model: torch.nn.Module, params: InferenceParams, graphs: DecodingCGCache | None
+) -> Callable[[torch.Tensor, int], torch.Tensor]:
+    """`step(token (B, 1), offset)` → scores (B, V), by the fastest way that there is."""
+    if graphs is not None:
+        return lambda token, offset: graphs.run(token, None, offset)[:, -1]
+    decoder = model.decoder(params) if hasattr(model, "decoder") else None
+    if decoder is not None:
+        return lambda token, offset: decoder(token)[:, -1]
 
     def step(token: torch.Tensor, offset: int) -> torch.Tensor:
         params.seqlen_offset = offset
         return model(token, inference_params=params, num_last_tokens=1).logits[:, -1]
 
-    return params, step
+    return step
 
 
 class GenerationMixin:
