@@ -35,5 +35,6 @@ def test_a_document_without_the_section_is_refused(tmp_path):
     page.write_text("# A page\n")
     done = run("--seconds", 1, "--assets", tmp_path, "--document", page)
     assert done.returncode == 2
-    assert done.stderr == f"error: {page} has no lines <!-- training --> and <!-- end of training --> to write between\n"
+    lines = "<!-- training --> and <!-- end of training -->"
+    assert done.stderr == f"error: {page} has no lines {lines} to write between\n"
     assert not (tmp_path / "language-model.png").exists()

@@ -9,12 +9,11 @@ import math
 from collections import namedtuple
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from mamba_ssm_vim.models import native_decoder
 from mamba_ssm_vim.models.config_mamba import MambaConfig, config_from_dict
 from mamba_ssm_vim.modules.block import Block, normalise
 from mamba_ssm_vim.modules.mamba_simple import Mamba
@@ -25,6 +24,9 @@ from mamba_ssm_vim.utils.hf import CONFIG_NAME, load_config_hf, load_state_dict_
 __all__ = ["Block", "CausalLMOutput", "MambaConfig", "MambaLMHeadModel", "MixerModel", "create_block"]
 
 CausalLMOutput = namedtuple("CausalLMOutput", ["logits"])
+
+if TYPE_CHECKING:
+    from mamba_ssm_vim.models.native_decoder import NativeDecoder
 
 _logger = logging.getLogger("vision_mamba")
 
@@ -216,15 +218,17 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
             hidden_states = hidden_states[:, -num_last_tokens:]
         return CausalLMOutput(logits=self.lm_head(hidden_states))
 
-    def decoder(self, inference_params: InferenceParams) -> native_decoder.NativeDecoder | None:
+    def decoder(self, inference_params: InferenceParams) -> "NativeDecoder | None":
         """A faster way to score one more token of each sequence on a CPU, or None where there is none.
 
         It is called with token numbers (B, 1), gives scores (B, 1, V) and updates the states in `inference_params`,
         which must have seen the prompts. It has the weights that the model has now.
         """
-        reason = native_decoder.why_not(self, inference_params)
+        from mamba_ssm_vim.models.native_decoder import NativeDecoder, why_not  # here: it loads the native library
+
+        reason = why_not(self, inference_params)
         if reason is None:
-            return native_decoder.NativeDecoder(self, inference_params)
+            return NativeDecoder(self, inference_params)
         _logger.debug("the language model decodes layer by layer: %s", reason)
         return None
 
