@@ -17,9 +17,9 @@ class DecodingCGCache:
     Attributes:
         max_batch_size, max_seqlen: limits that the cache was made for.
         device, dtype: of the model.
-        callables: by batch size and number of tokens, the replay of a graph.
+        callables: by batch size and number of tokens, the replay of a graph and the states that it works on.
         mempool: memory shared by the graphs.
-        inference_params: the states that the graphs read and write.
+        inference_params: the states of the batch size that was asked for last.
         run: `run(input_ids, position_ids, seqlen)` gives the scores (B, L, V).
     """
 
@@ -31,6 +31,11 @@ class DecodingCGCache:
     mempool: Any = None
     inference_params: InferenceParams | None = None
     run: Callable | None = None
+
+
+def can_capture(tensor: torch.Tensor) -> bool:
+    """Whether a graph can work on tensors like this one."""
+    return tensor.is_cuda
 
 
 @torch.inference_mode()

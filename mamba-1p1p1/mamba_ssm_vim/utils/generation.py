@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from mamba_ssm_vim.utils.decoding_graph import DecodingCGCache, capture_graph, update_graph_cache
+from mamba_ssm_vim.utils.decoding_graph import DecodingCGCache, can_capture, capture_graph, update_graph_cache
 from mamba_ssm_vim.utils.inference import InferenceParams
 from mamba_ssm_vim.utils.sampling import (
     check_sampling,
@@ -166,7 +166,7 @@ def _start(
 ) -> tuple[InferenceParams, DecodingCGCache | None]:
     """An inference cache for these prompts, and the graphs that work on it, if they are wanted and possible."""
     batch_size = input_ids.shape[0]
-    if cg and input_ids.is_cuda:
+    if cg and can_capture(input_ids):
         cache = update_graph_cache(model, getattr(model, "_decoding_cache", None), batch_size, 1, max_length)
         model._decoding_cache = cache
         cache.inference_params.reset(max_length, batch_size)
