@@ -1,0 +1,119 @@
+"""Time one model in every runtime that docs/deploy.md describes, side by side, on a CPU.
+
+Rounds go through all runtimes in turn, so that a disturbance meets all of them. Medians, and ratios to PyTorch.
+
+python benchmarks/deploy.py --models vim_tiny_patch16_224 --batches 1 8 --threads 1
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+
+import vim  # noqa: F401  registers the models
+from vim.models.export import export_onnx
+from vim.models.quantize import quantize_onnx, session
+
+Runtime = Callable[[torch.Tensor], torch.Tensor]
+
+
+def autocast(model: torch.nn.Module) -> Runtime:
+    """The model under autocast to bfloat16."""
+
+    def run(images: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(images).float()
+
+    return run
+
+
+def onnx_runtime(file: Path, threads: int) -> Runtime:
+    """A session of ONNX Runtime."""
+    run = session(file, threads)
+    return lambda images: torch.from_numpy(run.run(None, {"images": images.numpy()})[0])
+
+
+def aot_inductor(model: torch.nn.Module, file: Path, batches: list[int]) -> Runtime:
+    """A package of AOTInductor per batch size, loaded by its own loader."""
+    packages = {}
+    for batch in batches:
+        program = torch.export.export(model, (torch.zeros(batch, *model.input_shape),))
+        built = torch._inductor.aoti_compile_and_package(program, package_path=str(file.with_suffix(f".{batch}.pt2")))
+        packages[batch] = torch._inductor.aoti_load_package(built)
+    return lambda images: packages[len(images)](images)
+
+
+def runtimes(model: torch.nn.Module, folder: Path, args: argparse.Namespace) -> tuple[dict[str, Runtime], dict]:
+    """The runtimes by name, and the size of each one's file in MB."""
+    exact, native, int8 = (folder / f"{name}.onnx" for name in ("exact", "native", "int8"))
+    export_onnx(model, native, native=True)
+    images = np.random.default_rng(0).standard_normal((8, *model.input_shape), dtype=np.float32)
+    quantize_onnx(native, int8, [images[i : i + 1] for i in range(8)])
+    found: dict[str, Runtime] = {
+        "PyTorch": model,
+        "PyTorch, bfloat16": autocast(model),
+        "ONNX Runtime, native mixer": onnx_runtime(native, args.threads),
+        "ONNX Runtime, native mixer, int8": onnx_runtime(int8, args.threads),
+    }
+    sizes = dict(zip(list(found)[2:], (f.stat().st_size / 1e6 for f in (native, int8)), strict=True))
+    if "onnx" not in args.without:
+        export_onnx(model, exact)
+        found["ONNX Runtime, standard operators"] = onnx_runtime(exact, args.threads)
+        sizes["ONNX Runtime, standard operators"] = exact.stat().st_size / 1e6
+    if "aot" not in args.without:
+        found["AOTInductor"] = aot_inductor(model, folder / "aot", args.batches)
+        sizes["AOTInductor"] = max(f.stat().st_size for f in folder.glob("*.pt2")) / 1e6
+    return found, sizes
+
+
+@torch.inference_mode()
+def compare(found: dict[str, Runtime], images: torch.Tensor, rounds: int) -> tuple[dict[str, list[float]], dict]:
+    """Milliseconds of each round by runtime, and the relative distance of the logits from those of the first one."""
+    times: dict[str, list[float]] = {name: [] for name in found}
+    logits = {}
+    for _ in range(rounds + 2):
+        for name, run in found.items():
+            start = time.perf_counter()
+            logits[name] = run(images)
+            times[name].append(1e3 * (time.perf_counter() - start))
+    exact = next(iter(logits.values()))
+    return {n: t[2:] for n, t in times.items()}, {
+        n: ((v - exact).norm() / exact.norm()).item() for n, v in logits.items()
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print a table for every model and batch size."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["vim_tiny_patch16_224"])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--without", nargs="*", default=[], choices=["onnx", "aot"], help="runtimes to leave out")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    for name in args.models:
+        torch.manual_seed(0)
+        model = timm.create_model(name).eval()
+        with tempfile.TemporaryDirectory() as folder:
+            found, sizes = runtimes(model, Path(folder), args)
+            for batch in args.batches:
+                images = torch.randn(batch, *model.input_shape)
+                times, distances = compare(found, images, args.rounds)
+                base = statistics.median(times["PyTorch"])
+                print(f"{name}, batch {batch}, {args.threads} threads")
+                for runtime, spent in times.items():
+                    median = statistics.median(spent)
+                    size = f"{sizes[runtime]:.1f} MB" if runtime in sizes else ""
+                    print(f"  {runtime:34} {median:8.1f} ms  {median / base:5.2f}  {distances[runtime]:.1e}  {size}")
+
+
+if __name__ == "__main__":
+    main()
