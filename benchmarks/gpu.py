@@ -181,9 +181,7 @@ def kernels(bench: Bench) -> None:
                     measure("scan forward, saving", backend,
                             functools.partial(module.forward, *tensors, **flags, save=True),
                             4 * cells * item + boundaries, 19 * cells)  # fmt: skip
-                    for pairs in (True, False):
-                        measure(f"both scans, {1 + pairs} channels a lane", backend,
-                                both_scans(module, tensors, pairs), 7 * cells * item, 36 * cells)  # fmt: skip
+                    measure("both scans", backend, both_scans(module, tensors), 7 * cells * item, 36 * cells)
             flags = {"silu": True, "reverse": False}
             for backend, module in available(conv_backends, x):
                 args = (x, weight, bias, None)
@@ -209,13 +207,13 @@ def kernels(bench: Bench) -> None:
     original(bench)
 
 
-def both_scans(module, tensors: list, pairs: bool) -> Callable:
+def both_scans(module, tensors: list) -> Callable:
     """The CUDA mixer's scan: both directions in one launch."""
     names = ("u", "delta", "A", "B", "C", "D", None, "delta_bias", "initial_state")
-    side = {n: t for n, t in zip(names, tensors, strict=True) if n} | {"last_state": None}
-    sides = [side | {"reverse": reverse} for reverse in (False, True)]
-    out, flags = torch.empty_like(tensors[0]), {"delta_softplus": True, "scale": 0.5, "save": False, "pairs": pairs}
-    return functools.partial(module.launch_forward, sides, tensors[6], out, **flags)
+    direction = {n: t for n, t in zip(names, tensors, strict=True) if n} | {"last_state": None}
+    directions = [direction | {"reverse": reverse} for reverse in (False, True)]
+    out, flags = torch.empty_like(tensors[0]), {"delta_softplus": True, "scale": 0.5, "save": False}
+    return functools.partial(module.launch_forward, directions, tensors[6], out, **flags)
 
 
 def original(bench: Bench) -> None:

@@ -66,7 +66,7 @@ set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
 
 add_custom_target(vim_cuda)
 function(vim_cuda_library name package)
-  add_library(${name} SHARED ${ARGN})
+  add_library(${name} SHARED ${ARGN} causal-conv1d/csrc/common/architectures.cu)
   target_include_directories(${name} PRIVATE ${CMAKE_SOURCE_DIR}/causal-conv1d/csrc)
   string(JOIN "\\;" built ${VIM_CUDA_ARCHS})
   target_compile_definitions(${name} PRIVATE "VIM_CUDA_ARCHITECTURES=\"${built}\"")
@@ -80,4 +80,5 @@ vim_cuda_library(causal_conv1d_cuda causal_conv1d_vim causal-conv1d/csrc/cuda/ca
                  causal-conv1d/csrc/cuda/conv_pair.cu)
 vim_cuda_library(mamba_ssm_cuda mamba_ssm_vim mamba-1p1p1/csrc/cuda/scan_forward.cu
                  mamba-1p1p1/csrc/cuda/scan_stream.cu mamba-1p1p1/csrc/cuda/scan_backward.cu
+                 mamba-1p1p1/csrc/cuda/scan_backward_finish.cu
                  mamba-1p1p1/csrc/cuda/mixer_weights.cu)

@@ -139,8 +139,8 @@ def _pair_arguments(x, weights, biases) -> tuple[ConvPairArgs, list]:
     weights = [w.float().contiguous() for w in weights]
     biases = [None if b is None else b.float().contiguous() for b in biases]
     args.x, args.x_batch, args.x_token = x.data_ptr(), *x.stride()[:2]
-    for way in range(2):
-        args.weight[way], args.bias[way] = address(weights[way]), address(biases[way])
+    for i in range(2):
+        args.weight[i], args.bias[i] = address(weights[i]), address(biases[i])
     args.batch, args.seqlen, args.dim = x.shape
     args.width, args.type = weights[0].shape[1], DTYPES[x.dtype]
     return args, [weights, biases]
@@ -179,8 +179,8 @@ def backward_pair(
     floats = library.query("vim_conv_pair_workspace", *x.shape)
     workspace = torch.empty(floats, dtype=torch.float32, device=x.device)
     args.workspace, args.dx, args.dx_batch, args.dx_token = address(workspace), dx.data_ptr(), *dx.stride()[:2]
-    for way in range(2):
-        args.dout[way], args.dweight[way], args.dbias[way] = map(address, (douts[way], dweights[way], dbiases[way]))
+    for i in range(2):
+        args.dout[i], args.dweight[i], args.dbias[i] = map(address, (douts[i], dweights[i], dbiases[i]))
     library.launch("vim_conv_pair_backward", args, x)
     return (
         [g.to(w.dtype) for g, w in zip(dweights, weights, strict=True)],

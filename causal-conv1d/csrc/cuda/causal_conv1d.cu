@@ -13,20 +13,20 @@ constexpr int kConvThreads = 128;
 
 struct ConvArgs {
     const void* x;
-    const float* weight;         // (dim, width)
-    const float* bias;           // (dim) or null
-    const void* initial_state;   // (batch, width - 1, dim) contiguous, oldest first, or null
-    void* out;                   // (batch, seqlen, dim)
-    const void* dout;            // backward only, as the rest
+    const float* weight;  // (dim, width)
+    const float* bias;  // (dim) or null
+    const void* initial_state;  // (batch, width - 1, dim) contiguous, oldest first, or null
+    void* out;  // (batch, seqlen, dim)
+    const void* dout;  // backward only, as the rest
     void* dx;
-    void* dinitial_state;        // (batch, width - 1, dim) contiguous or null
-    float* dweight;              // (dim, width)
-    float* dbias;                // (dim) or null
-    float* workspace;            // vim_conv_backward_workspace() floats
+    void* dinitial_state;  // (batch, width - 1, dim) contiguous or null
+    float* dweight;  // (dim, width)
+    float* dbias;  // (dim) or null
+    float* workspace;  // vim_conv_backward_workspace() floats
     int64_t x_batch, x_token, out_batch, out_token, dout_batch, dout_token, dx_batch, dx_token;
     int64_t batch, seqlen, dim;
     int32_t width, type, silu, reverse;
-    int32_t accumulate_dx;       // add onto dx instead of writing it
+    int32_t accumulate_dx;  // add onto dx instead of writing it
     int32_t reserved;
 };
 
@@ -177,7 +177,8 @@ __global__ void __launch_bounds__(kConvThreads) conv_backward_kernel(const ConvA
         if (in_sequence || in_state) *reinterpret_cast<Vector*>(place) = result;
     }
     // Partial sums: (batch and segment, tap or bias, channel).
-    float* partial = args.workspace + (batch * ceil_div(args.seqlen, kSegment) + blockIdx.y) * (kWidth + 1) * args.dim + channel;
+    float* partial =
+        args.workspace + (batch * ceil_div(args.seqlen, kSegment) + blockIdx.y) * (kWidth + 1) * args.dim + channel;
 #pragma unroll
     for (int c = 0; c < CPT; ++c) {
 #pragma unroll
@@ -215,29 +216,24 @@ int launch_conv(const ConvArgs& args, bool backward, void* stream) {
     return launch(conv_finish_kernel, finish_grid, kSumThreads, kSumThreads * sizeof(float), stream, args);
 }
 
-bool even_rows(const void* data, int64_t batch_stride, int64_t token_stride, int64_t element_size) {
-    return data == nullptr || (reinterpret_cast<uintptr_t>(data) % (2 * element_size) == 0 && batch_stride % 2 == 0 &&
-                               token_stride % 2 == 0);
-}
-
 template <typename T>
 int dispatch(const ConvArgs& args, bool backward, void* stream) {
-    const int64_t size = sizeof(T);
-    const bool pairs = args.dim % 2 == 0 && even_rows(args.x, args.x_batch, args.x_token, size) &&
-                       even_rows(args.out, args.out_batch, args.out_token, size) &&
-                       even_rows(args.dout, args.dout_batch, args.dout_token, size) &&
-                       even_rows(args.dx, args.dx_batch, args.dx_token, size) &&
-                       even_rows(args.initial_state, 0, 0, size) && even_rows(args.dinitial_state, 0, 0, size);
+    auto even = [](const void* data, int64_t batch_stride, int64_t token_stride) {
+        return rows_aligned(data, batch_stride, token_stride, sizeof(T), 2 * sizeof(T));
+    };
+    const bool pairs = args.dim % 2 == 0 && even(args.x, args.x_batch, args.x_token) &&
+                       even(args.out, args.out_batch, args.out_token) &&
+                       even(args.dout, args.dout_batch, args.dout_token) &&
+                       even(args.dx, args.dx_batch, args.dx_token) && even(args.initial_state, 0, 0) &&
+                       even(args.dinitial_state, 0, 0);
     return pairs ? launch_conv<T, 2>(args, backward, stream) : launch_conv<T, 1>(args, backward, stream);
 }
 
 int run(const ConvArgs& args, bool backward, void* stream) {
     if (args.width < 2 || args.width > kWidth) return kUnsupported;
     if (args.batch >= 65536 || ceil_div(args.seqlen, kSegment) >= 65536) return kUnsupported;
-    if (args.type == kFloat32) return dispatch<float>(args, backward, stream);
-    if (args.type == kBFloat16) return dispatch<BFloat16>(args, backward, stream);
-    if (args.type == kFloat16) return dispatch<Float16>(args, backward, stream);
-    return kUnsupported;
+    return with_element_type(args.type,
+                             [&](auto element) { return dispatch<decltype(element)>(args, backward, stream); });
 }
 
 }  // namespace
@@ -251,9 +247,3 @@ extern "C" int vim_conv_backward(const vim::ConvArgs* args, void* stream) { retu
 extern "C" int64_t vim_conv_backward_workspace(int64_t batch, int64_t seqlen, int64_t dim) {
     return batch * vim::ceil_div(seqlen, vim::kSegment) * (vim::kWidth + 1) * dim;
 }
-
-// Architectures with machine code in this library, as "80;90;100"; the newest is there as PTX too.
-#ifndef VIM_CUDA_ARCHITECTURES
-#define VIM_CUDA_ARCHITECTURES ""
-#endif
-extern "C" const char* vim_cuda_architectures() { return VIM_CUDA_ARCHITECTURES; }

@@ -10,20 +10,20 @@ namespace vim {
 
 constexpr int kTaps = 4;
 constexpr int kPairThreads = 128;
-constexpr int kForwardRun = 32;   // positions of a thread
+constexpr int kForwardRun = 32;  // positions of a thread
 constexpr int kBackwardRun = 64;  // tokens of a thread
-constexpr int kAhead = 4;         // rows loaded together
+constexpr int kAhead = 4;  // rows loaded together
 
 struct ConvPairArgs {
-    const void* x;           // (batch, seqlen, dim)
+    const void* x;  // (batch, seqlen, dim)
     const float* weight[2];  // (dim, width): along the tokens, against them; the last tap meets the token itself
-    const float* bias[2];    // (dim) or null
-    void* out[2];            // (batch, seqlen, dim) contiguous
-    const void* dout[2];     // (batch, seqlen, dim) contiguous; backward only, as the rest
+    const float* bias[2];  // (dim) or null
+    void* out[2];  // (batch, seqlen, dim) contiguous
+    const void* dout[2];  // (batch, seqlen, dim) contiguous; backward only, as the rest
     void* dx;
     float* dweight[2];  // (dim, width)
-    float* dbias[2];    // (dim) or null
-    float* workspace;   // vim_conv_pair_workspace() floats
+    float* dbias[2];  // (dim) or null
+    float* workspace;  // vim_conv_pair_workspace() floats
     int64_t x_batch, x_token, dx_batch, dx_token;
     int64_t batch, seqlen, dim;
     int32_t width, type;
@@ -37,23 +37,25 @@ struct Filters {
 
     VIM_DEVICE void load(const ConvPairArgs& args, int64_t channel) {
 #pragma unroll
-        for (int way = 0; way < 2; ++way)
+        for (int direction = 0; direction < 2; ++direction)
 #pragma unroll
             for (int c = 0; c < CPT; ++c) {
-                bias[way][c] = args.bias[way] == nullptr ? 0.0f : args.bias[way][channel + c];
+                bias[direction][c] = args.bias[direction] == nullptr ? 0.0f : args.bias[direction][channel + c];
 #pragma unroll
                 for (int k = 0; k < kTaps; ++k) {
                     const int tap = k - (kTaps - args.width);
-                    weight[way][k][c] = tap >= 0 ? args.weight[way][(channel + c) * args.width + tap] : 0.0f;
+                    weight[direction][k][c] =
+                        tap >= 0 ? args.weight[direction][(channel + c) * args.width + tap] : 0.0f;
                 }
             }
     }
 
-    // What the way's SiLU sees, given the rows x[t .. t+3].
-    VIM_DEVICE float sum(int way, const float (*rows)[CPT], int c) const {
-        float total = bias[way][c];
+    // What the direction's SiLU sees, given the rows x[t .. t+3].
+    VIM_DEVICE float sum(int direction, const float (*rows)[CPT], int c) const {
+        float total = bias[direction][c];
 #pragma unroll
-        for (int k = 0; k < kTaps; ++k) total = fmaf(weight[way][k][c], rows[way == 0 ? k : kTaps - 1 - k][c], total);
+        for (int k = 0; k < kTaps; ++k)
+            total = fmaf(weight[direction][k][c], rows[direction == 0 ? k : kTaps - 1 - k][c], total);
         return total;
     }
 };
@@ -91,7 +93,8 @@ __global__ void __launch_bounds__(kPairThreads) conv_pair_forward_kernel(const C
 
     float rows[kTaps - 1 + kAhead][CPT];  // x[t .. t + 6]
 #pragma unroll
-    for (int k = 0; k < kTaps - 1 + kAhead; ++k) widen<T, CPT>(row_at<T, CPT>(x, begin + k, seqlen, args.x_token), rows[k]);
+    for (int k = 0; k < kTaps - 1 + kAhead; ++k)
+        widen<T, CPT>(row_at<T, CPT>(x, begin + k, seqlen, args.x_token), rows[k]);
     for (int t = begin; t < end; t += kAhead) {
         Vector next[kAhead];
 #pragma unroll
@@ -132,7 +135,8 @@ __global__ void __launch_bounds__(kPairThreads) conv_pair_backward_kernel(const 
     const T* x = static_cast<const T*>(args.x) + batch * args.x_batch + channel;
     const T* dout[2];
 #pragma unroll
-    for (int way = 0; way < 2; ++way) dout[way] = static_cast<const T*>(args.dout[way]) + batch * seqlen * args.dim + channel;
+    for (int direction = 0; direction < 2; ++direction)
+        dout[direction] = static_cast<const T*>(args.dout[direction]) + batch * seqlen * args.dim + channel;
     T* dx = static_cast<T*>(args.dx) + batch * args.dx_batch + channel;
     Filters<CPT> filters;
     filters.load(args, channel);
@@ -141,17 +145,17 @@ __global__ void __launch_bounds__(kPairThreads) conv_pair_backward_kernel(const 
     // Gradients of what the SiLUs see: slope[0][k] of output t + k along, slope[1][k] of output t - k against the tokens.
     float slope[2][kTaps][CPT];
 #pragma unroll
-    for (int way = 0; way < 2; ++way)
+    for (int direction = 0; direction < 2; ++direction)
 #pragma unroll
         for (int c = 0; c < CPT; ++c) {
-            dbias[way][c] = 0.0f;
+            dbias[direction][c] = 0.0f;
 #pragma unroll
-            for (int k = 0; k < kTaps; ++k) slope[way][k][c] = dweight[way][k][c] = 0.0f;
+            for (int k = 0; k < kTaps; ++k) slope[direction][k][c] = dweight[direction][k][c] = 0.0f;
         }
     // Three positions before the run fill the slopes; `begin - kAhead` keeps the steps of four whole.
     float rows[kTaps - 1 + kAhead][CPT];
     Vector now[2][kAhead];
-    auto fetch = [&](int t, Vector (&target)[2][kAhead]) {
+    auto fetch = [&](int t, Vector(&target)[2][kAhead]) {
 #pragma unroll
         for (int k = 0; k < kAhead; ++k) {
             target[0][k] = row_at<T, CPT>(dout[0], t + kTaps - 1 + k, seqlen, args.dim);
@@ -175,24 +179,25 @@ __global__ void __launch_bounds__(kPairThreads) conv_pair_backward_kernel(const 
             for (int c = 0; c < CPT; ++c) {
                 float total = 0.0f;
 #pragma unroll
-                for (int way = 0; way < 2; ++way) {
+                for (int direction = 0; direction < 2; ++direction) {
 #pragma unroll
                     for (int k = 0; k + 1 < kTaps; ++k) {
-                        const int to = way == 0 ? k : kTaps - 1 - k;
-                        slope[way][to][c] = slope[way][way == 0 ? to + 1 : to - 1][c];
+                        const int to = direction == 0 ? k : kTaps - 1 - k;
+                        slope[direction][to][c] = slope[direction][direction == 0 ? to + 1 : to - 1][c];
                     }
-                    const float value = filters.sum(way, rows + i, c);
-                    const float made = to_float(now[way][i].values[c]) * silu_slope(value, sigmoid(value));
-                    slope[way][way == 0 ? kTaps - 1 : 0][c] = made;
-                    const int output = way == 0 ? t + kTaps - 1 : t;
+                    const float value = filters.sum(direction, rows + i, c);
+                    const float made = to_float(now[direction][i].values[c]) * silu_slope(value, sigmoid(value));
+                    slope[direction][direction == 0 ? kTaps - 1 : 0][c] = made;
+                    const int output = direction == 0 ? t + kTaps - 1 : t;
                     const float counted = output >= begin && output < end ? made : 0.0f;
-                    dbias[way][c] += counted;
+                    dbias[direction][c] += counted;
 #pragma unroll
                     for (int k = 0; k < kTaps; ++k)
-                        dweight[way][k][c] = fmaf(counted, rows[i + (way == 0 ? k : kTaps - 1 - k)][c], dweight[way][k][c]);
+                        dweight[direction][k][c] =
+                            fmaf(counted, rows[i + (direction == 0 ? k : kTaps - 1 - k)][c], dweight[direction][k][c]);
 #pragma unroll
                     for (int k = 0; k < kTaps; ++k)
-                        total = fmaf(filters.weight[way][kTaps - 1 - k][c], slope[way][k][c], total);
+                        total = fmaf(filters.weight[direction][kTaps - 1 - k][c], slope[direction][k][c], total);
                 }
                 result.values[c] = from_float<T>(total);
             }
@@ -208,16 +213,17 @@ __global__ void __launch_bounds__(kPairThreads) conv_pair_backward_kernel(const 
             now[0][k] = later[0][k], now[1][k] = later[1][k];
         }
     }
-    // Partial sums: (batch and run, way, tap or bias, channel).
+    // Partial sums: (batch and run, direction, tap or bias, channel).
     const int64_t runs = ceil_div(seqlen, kBackwardRun);
     float* partial = args.workspace + (batch * runs + run) * 2 * (kTaps + 1) * args.dim + channel;
 #pragma unroll
-    for (int way = 0; way < 2; ++way)
+    for (int direction = 0; direction < 2; ++direction)
 #pragma unroll
         for (int c = 0; c < CPT; ++c) {
 #pragma unroll
-            for (int k = 0; k < kTaps; ++k) partial[(way * (kTaps + 1) + k) * args.dim + c] = dweight[way][k][c];
-            partial[(way * (kTaps + 1) + kTaps) * args.dim + c] = dbias[way][c];
+            for (int k = 0; k < kTaps; ++k)
+                partial[(direction * (kTaps + 1) + k) * args.dim + c] = dweight[direction][k][c];
+            partial[(direction * (kTaps + 1) + kTaps) * args.dim + c] = dbias[direction][c];
         }
 }
 
@@ -228,21 +234,22 @@ __global__ void __launch_bounds__(kSumThreads) conv_pair_finish_kernel(const Con
     const bool live = column < columns;
     const float sum = sum_rows(args.workspace + column, rows, columns, live);
     if (threadIdx.x >= kSumColumns || !live) return;
-    const int way = static_cast<int>(column / ((kTaps + 1) * args.dim));
+    const int direction = static_cast<int>(column / ((kTaps + 1) * args.dim));
     const int tap = static_cast<int>(column / args.dim) % (kTaps + 1);
     const int64_t channel = column % args.dim;
     const int real = tap - (kTaps - args.width);
     if (tap == kTaps) {
-        if (args.dbias[way] != nullptr) args.dbias[way][channel] = sum;
+        if (args.dbias[direction] != nullptr) args.dbias[direction][channel] = sum;
     } else if (real >= 0) {
-        args.dweight[way][channel * args.width + real] = sum;
+        args.dweight[direction][channel * args.width + real] = sum;
     }
 }
 
 template <typename T, int CPT>
 int launch_pair(const ConvPairArgs& args, bool backward, void* stream) {
     const int64_t columns = args.dim / CPT;
-    const int64_t runs = backward ? ceil_div(args.seqlen, kBackwardRun) : ceil_div(args.seqlen + kTaps - 1, kForwardRun);
+    const int64_t runs =
+        backward ? ceil_div(args.seqlen, kBackwardRun) : ceil_div(args.seqlen + kTaps - 1, kForwardRun);
     const dim3 grid(static_cast<unsigned>(ceil_div(columns * runs, kPairThreads)), static_cast<unsigned>(args.batch));
     if (!backward) return launch(conv_pair_forward_kernel<T, CPT>, grid, kPairThreads, 0, stream, args);
     const int status = launch(conv_pair_backward_kernel<T, CPT>, grid, kPairThreads, 0, stream, args);
@@ -254,11 +261,11 @@ int launch_pair(const ConvPairArgs& args, bool backward, void* stream) {
 template <typename T>
 int dispatch_pair(const ConvPairArgs& args, bool backward, void* stream) {
     auto even = [](const void* data, int64_t batch_stride, int64_t token_stride) {
-        return reinterpret_cast<uintptr_t>(data) % (2 * sizeof(T)) == 0 && batch_stride % 2 == 0 && token_stride % 2 == 0;
+        return rows_aligned(data, batch_stride, token_stride, sizeof(T), 2 * sizeof(T));
     };
     const bool pairs = args.dim % 2 == 0 && even(args.x, args.x_batch, args.x_token) &&
-                       even(args.dx, args.dx_batch, args.dx_token) && even(args.out[0], 0, 0) && even(args.out[1], 0, 0) &&
-                       even(args.dout[0], 0, 0) && even(args.dout[1], 0, 0);
+                       even(args.dx, args.dx_batch, args.dx_token) && even(args.out[0], 0, 0) &&
+                       even(args.out[1], 0, 0) && even(args.dout[0], 0, 0) && even(args.dout[1], 0, 0);
     return pairs ? launch_pair<T, 2>(args, backward, stream) : launch_pair<T, 1>(args, backward, stream);
 }
 
@@ -266,18 +273,20 @@ int run_pair(const ConvPairArgs& args, bool backward, void* stream) {
     if (args.width < 2 || args.width > kTaps || args.batch >= 65536) return kUnsupported;
     if (args.seqlen >= (int64_t{1} << 31) - kBackwardRun || args.dim * args.seqlen / kForwardRun >= (int64_t{1} << 36))
         return kUnsupported;
-    if (args.type == kFloat32) return dispatch_pair<float>(args, backward, stream);
-    if (args.type == kBFloat16) return dispatch_pair<BFloat16>(args, backward, stream);
-    if (args.type == kFloat16) return dispatch_pair<Float16>(args, backward, stream);
-    return kUnsupported;
+    return with_element_type(args.type,
+                             [&](auto element) { return dispatch_pair<decltype(element)>(args, backward, stream); });
 }
 
 }  // namespace
 }  // namespace vim
 
-extern "C" int vim_conv_pair_forward(const vim::ConvPairArgs* args, void* stream) { return vim::run_pair(*args, false, stream); }
+extern "C" int vim_conv_pair_forward(const vim::ConvPairArgs* args, void* stream) {
+    return vim::run_pair(*args, false, stream);
+}
 
-extern "C" int vim_conv_pair_backward(const vim::ConvPairArgs* args, void* stream) { return vim::run_pair(*args, true, stream); }
+extern "C" int vim_conv_pair_backward(const vim::ConvPairArgs* args, void* stream) {
+    return vim::run_pair(*args, true, stream);
+}
 
 // Floats of scratch memory that vim_conv_pair_backward needs.
 extern "C" int64_t vim_conv_pair_workspace(int64_t batch, int64_t seqlen, int64_t dim) {

@@ -95,16 +95,16 @@ def test_both_ways_in_one_launch(emulated, batch, seqlen, dim, width, dtype):
     dx = torch.full((batch, seqlen, dim), float("nan")).to(dtype)
     dweights, dbiases = emulated.backward_pair(douts, x, weights, biases, dx)
     total = 0
-    for way in range(2):
-        flags = {"silu": True, "reverse": way == 1}
-        wide = [None if t is None else t.double() for t in (x, weights[way], biases[way], None)]
-        close(out[way], reference.forward(*wide, **flags), dtype)
-        part, dweight, dbias, _ = reference.backward(douts[way].double(), *wide, **flags)
+    for direction in range(2):
+        flags = {"silu": True, "reverse": direction == 1}
+        wide = [None if t is None else t.double() for t in (x, weights[direction], biases[direction], None)]
+        close(out[direction], reference.forward(*wide, **flags), dtype)
+        part, dweight, dbias, _ = reference.backward(douts[direction].double(), *wide, **flags)
         total = total + part
-        close(dweights[way], dweight, torch.float32)
-        assert (dbiases[way] is None) == (dbias is None)
+        close(dweights[direction], dweight, torch.float32)
+        assert (dbiases[direction] is None) == (dbias is None)
         if dbias is not None:
-            close(dbiases[way], dbias, torch.float32)
+            close(dbiases[direction], dbias, torch.float32)
     close(dx, total, dtype)
 
 

@@ -13,9 +13,10 @@ from causal_conv1d_vim.runtime.cuda_library import CudaLibrary
 ROOT = Path(__file__).resolve().parents[3]
 INCLUDES = (ROOT / "causal-conv1d/csrc", Path(__file__).parent)
 CONV_SOURCES = [ROOT / "causal-conv1d/csrc/cuda" / name for name in ("causal_conv1d.cu", "conv_pair.cu")]
+ARCHITECTURES = ROOT / "causal-conv1d/csrc/common/architectures.cu"  # in both libraries
 MAMBA_SOURCES = [
     ROOT / "mamba-1p1p1/csrc/cuda" / f"{name}.cu"
-    for name in ("scan_forward", "scan_stream", "scan_backward", "mixer_weights")
+    for name in ("scan_forward", "scan_stream", "scan_backward", "scan_backward_finish", "mixer_weights")
 ]
 
 
@@ -30,7 +31,7 @@ def emulate(library: CudaLibrary, sources: Sequence[Path], folder: Path, patch: 
     path = folder / f"{sources[0].stem}.so"
     command = [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", '-DVIM_CUDA_ARCHITECTURES="90"', "-x", "c++"]
     includes = [f"-I{include}" for include in INCLUDES]
-    subprocess.run([*command, *includes, *map(str, sources), "-o", str(path)], check=True)
+    subprocess.run([*command, *includes, *map(str, [*sources, ARCHITECTURES]), "-o", str(path)], check=True)
     for name in ("_library", "_reason", "_architectures", "_checked"):
         patch.setattr(library, name, getattr(library, name))
     library.bind(ctypes.CDLL(str(path)))

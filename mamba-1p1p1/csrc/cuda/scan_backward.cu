@@ -6,13 +6,15 @@
 // saved boundary, keeps them in registers, and walks back. Sums over the states of a channel are reduce-scattered over its
 // lanes, so that each lane finishes the tokens that it began with; du, ddelta and dz replace u, delta and z in the tile,
 // which then goes out in whole rows. dB and dC, sums over channels, are formed by shuffles in a warp, then in a fixed order
-// over the warps of the block here and over blocks in a kernel below; dA, dD and the bias over batch rows and chunks.
+// over the warps of the block; scan_backward_finish.cu adds up the blocks, and dA, dD and the bias over batch rows and chunks.
 //
 // Both directions of a mixer share a launch. A long sequence with few channels is cut in time: a first pass finds what each
 // chunk adds to the adjoint state from zero, a second the adjoint on entering every chunk. Tokens past the end have step,
 // input and output gradient zero, which changes neither state nor adjoint.
 #include "async_copy.h"
-#include "scan.h"
+#include "common/reduce.h"
+#include "scan_backward.h"
+#include "scan_walk.h"
 
 namespace vim {
 namespace {
@@ -23,8 +25,8 @@ struct BackwardShape {
     static constexpr int kWarpChannels = 32 / kLanes;
     static constexpr int kChannels = kWarpChannels * kBackwardWarps;
     static constexpr int kSteps = kTile / kLanes;  // tokens of a tile that a lane begins and finishes
-    static constexpr int kRow = 2 * STATES;        // B | C of a token
-    static constexpr int kPitch = kChannels + 8;   // of a tile's rows: the lanes of a channel meet no bank twice
+    static constexpr int kRow = 2 * STATES;  // B | C of a token
+    static constexpr int kPitch = kChannels + 8;  // of a tile's rows: the lanes of a channel meet no bank twice
     static constexpr int kPieces = kChannels * static_cast<int>(sizeof(T)) / 16;  // of 16 bytes in an aligned row
 };
 
@@ -38,53 +40,11 @@ struct BackwardTiles {
     Inputs inputs[2];
     float bc[2][kTile * Shape::kRow];
     // Of a token and channel, for each warp:
-    float2 steps[kBackwardWarps][kTile * Shape::kWarpChannels];    // step * u, and step
+    float2 steps[kBackwardWarps][kTile * Shape::kWarpChannels];  // step * u, and step
     float gradients[kBackwardWarps][kTile * Shape::kWarpChannels];  // of y + D u
-    float slopes[kBackwardWarps][kTile * Shape::kWarpChannels];     // d step / d delta
-    float sums[kBackwardWarps][kTile * Shape::kRow];                // dB | dC over a warp's channels
+    float slopes[kBackwardWarps][kTile * Shape::kWarpChannels];  // d step / d delta
+    float sums[kBackwardWarps][kTile * Shape::kRow];  // dB | dC over a warp's channels
 };
-
-// Sums value[i] over `LANES` neighbouring lanes; lane `part` of them is left with the sum of value[part].
-template <int LANES>
-VIM_DEVICE float reduce_scatter(float (&value)[LANES], int part) {
-#pragma unroll
-    for (int keep = LANES / 2; keep >= 1; keep /= 2) {
-        const bool upper = (part & keep) != 0;
-#pragma unroll
-        for (int i = 0; i < keep; ++i) {
-            const float give = upper ? value[i] : value[i + keep];
-            const float own = upper ? value[i + keep] : value[i];
-            value[i] = own + __shfl_xor_sync(0xffffffffu, give, keep);
-        }
-    }
-    return value[0];
-}
-
-// Sums eight values over the lanes that differ in the bits LOW, 2 LOW, ..., 16, halving what a lane keeps at each step:
-// afterwards it holds 8 / lanes values (or one, over any further lanes added in full). Returns the index of the first.
-template <int LOW>
-VIM_DEVICE int reduce_over_channels(float (&value)[8], int lane) {
-    int first = 0;
-    int keep = 8;
-#pragma unroll
-    for (int mask = 16; mask >= LOW; mask /= 2) {
-        if (keep == 1) {
-            value[0] += __shfl_xor_sync(0xffffffffu, value[0], mask);
-            continue;
-        }
-        keep /= 2;
-        const bool upper = (lane & mask) != 0;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            if (i >= keep) break;
-            const float give = upper ? value[i] : value[i + keep];
-            const float own = upper ? value[i + keep] : value[i];
-            value[i] = own + __shfl_xor_sync(0xffffffffu, give, mask);
-        }
-        if (upper) first += keep;
-    }
-    return first;
-}
 
 // ALIGNED: tiles are copied 16 bytes at a time. ADJOINT_ONLY: the first pass over a sequence that is cut in time.
 template <typename T, int STATES, bool ALIGNED, bool ADJOINT_ONLY>
@@ -96,10 +56,10 @@ __global__ void __launch_bounds__(kBackwardThreads, STATES == 16 ? kBackwardBloc
     constexpr int kStage = (kTile * kRow + kBackwardThreads - 1) / kBackwardThreads;
     auto& shared = *reinterpret_cast<BackwardTiles<T, STATES>*>(vim_shared_memory);
 
-    const int side_index = static_cast<int>(blockIdx.z) % args.sides;
-    const int chunk = static_cast<int>(blockIdx.z) / args.sides;
-    const ScanBackwardSide& side = args.side[side_index];
-    const ScanSide& in = side.in;
+    const int direction_index = static_cast<int>(blockIdx.z) % args.directions;
+    const int chunk = static_cast<int>(blockIdx.z) / args.directions;
+    const ScanBackwardDirection& direction = args.direction[direction_index];
+    const ScanDirection& in = direction.in;
     const bool reverse = in.reverse != 0;
     const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
     const int own = lane / kLanes, part = lane % kLanes;  // channel of the warp's, and which states of it
@@ -115,19 +75,15 @@ __global__ void __launch_bounds__(kBackwardThreads, STATES == 16 ? kBackwardBloc
     const int channel = live ? first_channel + column : 0;
     const int64_t batch = blockIdx.y;
     const bool gated = args.z != nullptr;
-    const bool with_dz = gated && side_index == 0 && !ADJOINT_ONLY;
+    const bool with_dz = gated && direction_index == 0 && !ADJOINT_ONLY;
 
-    const int tiles = static_cast<int>(ceil_div(seqlen, kTile));
-    const int chunk_tiles = args.chunk_tiles > 0 ? args.chunk_tiles : tiles;
-    const int chunks = (tiles + chunk_tiles - 1) / chunk_tiles;
-    const int tile_begin = chunk * chunk_tiles;
-    const int tile_end = tile_begin + chunk_tiles < tiles ? tile_begin + chunk_tiles : tiles;
-    auto tile_at = [&](int walked) { return reverse ? tile_begin + walked : tile_end - 1 - walked; };
+    const Walk walk(args.seqlen, args.chunk_tiles, chunk, !reverse);
+    const int chunks = walk.chunks, tiles = walk.total_tiles;
     // Place i of a tile in the order of the scan.
     auto token_at = [&](int tile, int i) { return tile * kTile + (reverse ? kTile - 1 - i : i); };
 
-    const BackwardPlan plan = backward_plan(args.batch, args.seqlen, args.dim, dstate, args.groups, args.chunk_tiles);
-    float* workspace = args.workspace + side_index * plan.floats;
+    const BackwardPlan plan = plan_of(args);
+    float* workspace = args.workspace + direction_index * plan.floats;
     const int64_t chunk_row = (batch * chunks + chunk) * dim;
 
     auto row_of = [&](const void* data, int64_t batch_stride, int64_t token_stride, int t) {
@@ -188,20 +144,20 @@ __global__ void __launch_bounds__(kBackwardThreads, STATES == 16 ? kBackwardBloc
         __syncthreads();
     };
 
-    copy_tile(tile_at(0), 0);
+    copy_tile(walk.tile_at(0), 0);
 
-    // `rate` is A log2(e), as `advance` takes it.
-    float rate[kStatesPerThread], adjoint[kStatesPerThread], dA[kStatesPerThread];
+    // `log2_decay` is A log2(e), as `advance` takes it.
+    float log2_decay[kStatesPerThread], adjoint[kStatesPerThread], dA[kStatesPerThread];
 #pragma unroll
     for (int n = 0; n < kStatesPerThread; ++n) {
         const int state = part * kStatesPerThread + n;
         const bool real = live && state < dstate;
-        rate[n] = real ? in.A[channel * dstate + state] * kLog2E : 0.0f;
+        log2_decay[n] = real ? in.A[channel * dstate + state] * kLog2E : 0.0f;
         adjoint[n] = 0.0f;
         if (!ADJOINT_ONLY && chunks > 1)
             adjoint[n] = live ? workspace[plan.adjoints + (chunk_row + channel) * STATES + state] : 0.0f;
-        else if (!ADJOINT_ONLY && real && side.dlast_state != nullptr)
-            adjoint[n] = side.dlast_state[(batch * dim + channel) * dstate + state];
+        else if (!ADJOINT_ONLY && real && direction.dlast_state != nullptr)
+            adjoint[n] = direction.dlast_state[(batch * dim + channel) * dstate + state];
         dA[n] = 0.0f;
     }
     const float bias = in.delta_bias == nullptr ? 0.0f : in.delta_bias[channel];
@@ -212,7 +168,7 @@ __global__ void __launch_bounds__(kBackwardThreads, STATES == 16 ? kBackwardBloc
         return *reinterpret_cast<const float4*>(boundary + static_cast<int64_t>(tile) * dim * STATES);
     };
     float4 next_boundary = {0.0f, 0.0f, 0.0f, 0.0f};
-    if (!ADJOINT_ONLY) next_boundary = boundary_of(tile_at(0));
+    if (!ADJOINT_ONLY) next_boundary = boundary_of(walk.tile_at(0));
 
     arrive(0);
     float2* const steps = shared.steps[warp] + own;
@@ -220,12 +176,12 @@ __global__ void __launch_bounds__(kBackwardThreads, STATES == 16 ? kBackwardBloc
     float* const slopes = shared.slopes[warp] + own;
     float* const sums = shared.sums[warp];
 
-    for (int walked = 0; walked < tile_end - tile_begin; ++walked) {
-        const int tile = tile_at(walked), buffer = walked & 1;
-        const bool more = walked + 1 < tile_end - tile_begin;
+    for (int walked = 0; walked < walk.tiles(); ++walked) {
+        const int tile = walk.tile_at(walked), buffer = walked & 1;
+        const bool more = walked + 1 < walk.tiles();
         auto& inputs = shared.inputs[buffer];
         const float* bc = shared.bc[buffer] + part * kStatesPerThread;
-        if (more) copy_tile(tile_at(walked + 1), buffer ^ 1);
+        if (more) copy_tile(walk.tile_at(walked + 1), buffer ^ 1);
 
 #pragma unroll
         for (int k = 0; k < Shape::kSteps; ++k) {
@@ -258,11 +214,12 @@ __global__ void __launch_bounds__(kBackwardThreads, STATES == 16 ? kBackwardBloc
                 const float c[4] = {c4.x, c4.y, c4.z, c4.w};
 #pragma unroll
                 for (int n = 0; n < kStatesPerThread; ++n)
-                    adjoint[n] = fmaf(c[n], dy, adjoint[n]) * exp2_fast(dt * rate[n]);
+                    adjoint[n] = fmaf(c[n], dy, adjoint[n]) * exp2_fast(dt * log2_decay[n]);
             }
         } else {
-            const float entering[kStatesPerThread] = {next_boundary.x, next_boundary.y, next_boundary.z, next_boundary.w};
-            if (more) next_boundary = boundary_of(tile_at(walked + 1));
+            const float entering[kStatesPerThread] = {next_boundary.x, next_boundary.y, next_boundary.z,
+                                                      next_boundary.w};
+            if (more) next_boundary = boundary_of(walk.tile_at(walked + 1));
             // One operation for all states, then the next: neighbouring instructions are independent.
             auto each = [](auto operation) {
 #pragma unroll
@@ -276,7 +233,7 @@ __global__ void __launch_bounds__(kBackwardThreads, STATES == 16 ? kBackwardBloc
                 const float b[4] = {b4.x, b4.y, b4.z, b4.w};
                 const float* before = i == 0 ? entering : state[i > 0 ? i - 1 : 0];
                 float decay[kStatesPerThread], input[kStatesPerThread];
-                each([&](int n) { decay[n] = exp2_fast(step.y * rate[n]); });
+                each([&](int n) { decay[n] = exp2_fast(step.y * log2_decay[n]); });
                 each([&](int n) { input[n] = step.x * b[n]; });
                 each([&](int n) { state[i][n] = fmaf(decay[n], before[n], input[n]); });
             }
@@ -291,19 +248,20 @@ __global__ void __launch_bounds__(kBackwardThreads, STATES == 16 ? kBackwardBloc
                 const float* before = i == 0 ? entering : state[i > 0 ? i - 1 : 0];
                 float gradient[kStatesPerThread];  // of the state after token i
                 float decay[kStatesPerThread], through[kStatesPerThread];
-                each([&](int n) { decay[n] = exp2_fast(step.y * rate[n]); });
+                each([&](int n) { decay[n] = exp2_fast(step.y * log2_decay[n]); });
                 each([&](int n) { gradient[n] = fmaf(c[n], dy, adjoint[n]); });
                 each([&](int n) { adjoint[n] = gradient[n] * decay[n]; });
                 each([&](int n) { through[n] = adjoint[n] * before[n]; });
                 each([&](int n) { dA[n] = fmaf(through[n], step.y, dA[n]); });
-                input_sums[i % kLanes] = fmaf(gradient[0], b[0], gradient[1] * b[1]) + fmaf(gradient[2], b[2], gradient[3] * b[3]);
-                step_sums[i % kLanes] =
-                    fmaf(through[0], rate[0], through[1] * rate[1]) + fmaf(through[2], rate[2], through[3] * rate[3]);
+                input_sums[i % kLanes] =
+                    fmaf(gradient[0], b[0], gradient[1] * b[1]) + fmaf(gradient[2], b[2], gradient[3] * b[3]);
+                step_sums[i % kLanes] = fmaf(through[0], log2_decay[0], through[1] * log2_decay[1]) +
+                                        fmaf(through[2], log2_decay[2], through[3] * log2_decay[3]);
                 float over_channels[2 * kStatesPerThread];
                 each([&](int n) { over_channels[n] = gradient[n] * step.x; });
                 each([&](int n) { over_channels[kStatesPerThread + n] = dy * state[i][n]; });
                 constexpr int kKept = kLanes == 4 ? 1 : kLanes == 8 ? 2 : 4;  // 8 / kWarpChannels
-                const int first = reduce_over_channels<kLanes>(over_channels, lane);
+                const int first = reduce_scatter<16, kLanes>(over_channels, lane);
 #pragma unroll
                 for (int k = 0; k < kKept; ++k) {
                     const int index = first + k;  // 0-3: dB of the lane's states; 4-7: dC
@@ -311,11 +269,12 @@ __global__ void __launch_bounds__(kBackwardThreads, STATES == 16 ? kBackwardBloc
                 }
                 if (i % kLanes != 0) continue;
                 // Lane `part` finishes token i + part.
-                const float over_inputs = reduce_scatter<kLanes>(input_sums, part);
-                const float over_steps = reduce_scatter<kLanes>(step_sums, part);
+                reduce_scatter<kLanes / 2, 1>(input_sums, part);
+                reduce_scatter<kLanes / 2, 1>(step_sums, part);
+                const float over_inputs = input_sums[0], over_steps = step_sums[0];
                 const int mine = i + part, place = mine * kPitch + column;
                 const float input = to_float(inputs.u[place]), own_dy = gradients[mine * kWarpChannels];
-                // The derivative of exp(dt A) by dt needs A, and `rate` is A log2(e).
+                // The derivative of exp(dt A) by dt needs A, and `log2_decay` is A log2(e).
                 const float ddt = fmaf(over_steps, 1.0f / kLog2E, input * over_inputs) * slopes[mine * kWarpChannels];
                 inputs.u[place] = from_float<T>(fmaf(steps[mine * kWarpChannels].y, over_inputs, skip * own_dy));
                 inputs.delta[place] = from_float<T>(ddt);
@@ -332,7 +291,8 @@ __global__ void __launch_bounds__(kBackwardThreads, STATES == 16 ? kBackwardBloc
                 if constexpr (ALIGNED) {
                     const int t = token_at(tile, piece_row);
                     if (tid < kTile * kPieces && t < seqlen && piece < live_channels)
-                        *reinterpret_cast<float4*>(const_cast<T*>(row_of(data, batch_stride, token_stride, t)) + piece) =
+                        *reinterpret_cast<float4*>(const_cast<T*>(row_of(data, batch_stride, token_stride, t)) +
+                                                   piece) =
                             *reinterpret_cast<const float4*>(source + piece_row * kPitch + piece);
                 } else {
 #pragma unroll 1
@@ -344,8 +304,8 @@ __global__ void __launch_bounds__(kBackwardThreads, STATES == 16 ? kBackwardBloc
                     }
                 }
             };
-            send(inputs.u, side.du, args.seqlen * args.dim, args.dim);
-            send(inputs.delta, side.ddelta, args.seqlen * args.dim, args.dim);
+            send(inputs.u, direction.du, args.seqlen * args.dim, args.dim);
+            send(inputs.delta, direction.ddelta, args.seqlen * args.dim, args.dim);
             if (with_dz) send(inputs.z, args.dz, args.dz_batch, args.dz_token);
 #pragma unroll 1
             for (int index = 4 * tid; index < kTile * kRow; index += 4 * kBackwardThreads) {
@@ -357,8 +317,8 @@ __global__ void __launch_bounds__(kBackwardThreads, STATES == 16 ? kBackwardBloc
                     const float4 of_warp = *reinterpret_cast<const float4*>(shared.sums[w] + index);
                     sum = {sum.x + of_warp.x, sum.y + of_warp.y, sum.z + of_warp.z, sum.w + of_warp.w};
                 }
-                *reinterpret_cast<float4*>(workspace + plan.bc + ((blockIdx.x * args.batch + batch) * seqlen + t) * kRow +
-                                           index % kRow) = sum;
+                *reinterpret_cast<float4*>(
+                    workspace + plan.bc + ((blockIdx.x * args.batch + batch) * seqlen + t) * kRow + index % kRow) = sum;
             }
         }
         if (more) arrive(buffer ^ 1);
@@ -387,77 +347,13 @@ __global__ void __launch_bounds__(kBackwardThreads, STATES == 16 ? kBackwardBloc
         const int state = part * kStatesPerThread + n;
         if (state >= dstate) continue;
         workspace[plan.dA + (chunk_row + channel) * dstate + state] = dA[n];
-        if (side.dinitial_state != nullptr && first_of_scan)
-            side.dinitial_state[(batch * dim + channel) * dstate + state] = adjoint[n];
+        if (direction.dinitial_state != nullptr && first_of_scan)
+            direction.dinitial_state[(batch * dim + channel) * dstate + state] = adjoint[n];
     }
     if (part == 0) {
         workspace[plan.channel + 2 * chunk_row + channel] = dD;
         workspace[plan.channel + 2 * chunk_row + dim + channel] = dbias;
     }
-}
-
-// What a chunk of time adds to the adjoint from zero becomes the adjoint on entering it.
-__global__ void __launch_bounds__(256) join_chunks_kernel(const ScanBackwardArgs args) {
-    const ScanBackwardSide& side = args.side[blockIdx.z];
-    const int states = padded_states(args.dstate);
-    const BackwardPlan plan =
-        backward_plan(args.batch, args.seqlen, args.dim, args.dstate, args.groups, args.chunk_tiles);
-    float* workspace = args.workspace + blockIdx.z * plan.floats;
-    const int64_t index = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
-    if (index >= args.dim * states) return;
-    const int64_t channel = index / states, n = index % states, batch = blockIdx.y;
-    const bool real = n < args.dstate;
-    const float rate = real ? side.in.A[channel * args.dstate + n] * kLog2E : 0.0f;
-    float entering =
-        real && side.dlast_state != nullptr ? side.dlast_state[(batch * args.dim + channel) * args.dstate + n] : 0.0f;
-    for (int64_t walked = 0; walked < plan.chunks; ++walked) {
-        const int64_t chunk = side.in.reverse != 0 ? walked : plan.chunks - 1 - walked;
-        const int64_t row = (batch * plan.chunks + chunk) * args.dim + channel;
-        float& place = workspace[plan.adjoints + row * states + n];
-        const float added = place;
-        place = entering;
-        entering = fmaf(exp2_fast(rate * workspace[plan.steps + row]), entering, added);
-    }
-}
-
-// dB and dC: the sum over the blocks of channels of each group, in order, in the inputs' type.
-template <typename T, int STATES>
-__global__ void __launch_bounds__(256) finish_bc_kernel(const ScanBackwardArgs args) {
-    const ScanBackwardSide& side = args.side[blockIdx.z];
-    constexpr int kRow = 2 * STATES;
-    const int64_t rows = args.batch * args.seqlen;
-    const int64_t index = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
-    if (index >= rows * kRow) return;
-    const int64_t group = blockIdx.y, row = index / kRow;
-    const int column = static_cast<int>(index % kRow), n = column % STATES;
-    if (n >= args.dstate) return;
-    const BackwardPlan plan =
-        backward_plan(args.batch, args.seqlen, args.dim, args.dstate, args.groups, args.chunk_tiles);
-    const float* partial =
-        args.workspace + blockIdx.z * plan.floats + plan.bc + (group * plan.blocks * rows + row) * kRow + column;
-    float sum = 0.0f;
-    for (int64_t block = 0; block < plan.blocks; ++block) sum += partial[block * rows * kRow];
-    T* target = static_cast<T*>(column < STATES ? side.dB : side.dC);
-    target[row * args.dbc_token + group * args.dbc_group + n] = from_float<T>(sum);
-}
-
-// dA, dD and ddelta_bias: sums over the batch and the chunks of time.
-__global__ void __launch_bounds__(kSumThreads) finish_parameters_kernel(const ScanBackwardArgs args) {
-    const ScanBackwardSide& side = args.side[blockIdx.z];
-    const BackwardPlan plan =
-        backward_plan(args.batch, args.seqlen, args.dim, args.dstate, args.groups, args.chunk_tiles);
-    const int64_t index = static_cast<int64_t>(blockIdx.x) * kSumColumns + threadIdx.x % kSumColumns;
-    const int64_t matrix = args.dim * args.dstate;
-    const bool live = index < matrix + 2 * args.dim;
-    const bool in_matrix = index < matrix;
-    const int64_t stride = in_matrix ? matrix : 2 * args.dim;
-    const int64_t place = in_matrix ? index : index - matrix;
-    const float* partial =
-        args.workspace + blockIdx.z * plan.floats + (in_matrix ? plan.dA : plan.channel) + place;
-    const float sum = sum_rows(partial, args.batch * plan.chunks, stride, live);
-    if (threadIdx.x >= kSumColumns || !live) return;
-    float* target = in_matrix ? side.dA : place < args.dim ? side.dD : side.ddelta_bias;
-    if (target != nullptr) target[!in_matrix && place >= args.dim ? place - args.dim : place] = sum;
 }
 
 // Whether tiles can be copied 16 bytes at a time.
@@ -467,62 +363,53 @@ bool copies_fit(const ScanBackwardArgs& args) {
     static_assert(BackwardShape<T, STATES>::kChannels * size % 16 == 0);
     bool fit = args.dim / args.groups * size % 16 == 0;
     auto check = [&](const void* data, int64_t batch_stride, int64_t token_stride) {
-        fit = fit && (data == nullptr || (reinterpret_cast<uintptr_t>(data) % 16 == 0 && batch_stride * size % 16 == 0 &&
-                                          token_stride * size % 16 == 0));
+        fit = fit && rows_aligned(data, batch_stride, token_stride, size, 16);
     };
     check(args.z, args.z_batch, args.z_token);
     check(args.dout, args.dout_batch, args.dout_token);
     check(args.dz, args.dz_batch, args.dz_token);
     check(args.ungated, 0, 0);
-    for (int i = 0; i < args.sides; ++i) {
-        const ScanBackwardSide& side = args.side[i];
-        check(side.in.u, side.in.u_batch, side.in.u_token);
-        check(side.in.delta, side.in.delta_batch, side.in.delta_token);
-        check(side.du, 0, 0);
-        check(side.ddelta, 0, 0);
+    for (int i = 0; i < args.directions; ++i) {
+        const ScanBackwardDirection& direction = args.direction[i];
+        check(direction.in.u, direction.in.u_batch, direction.in.u_token);
+        check(direction.in.delta, direction.in.delta_batch, direction.in.delta_token);
+        check(direction.du, 0, 0);
+        check(direction.ddelta, 0, 0);
     }
     return fit;
 }
 
 template <typename T, int STATES, bool ALIGNED>
 int launch_backward(const ScanBackwardArgs& args, void* stream) {
-    const BackwardPlan plan =
-        backward_plan(args.batch, args.seqlen, args.dim, args.dstate, args.groups, args.chunk_tiles);
-    const unsigned sides = static_cast<unsigned>(args.sides);
+    const BackwardPlan plan = plan_of(args);
+    const unsigned directions = static_cast<unsigned>(args.directions);
     const dim3 grid(static_cast<unsigned>(plan.blocks * args.groups), static_cast<unsigned>(args.batch),
-                    static_cast<unsigned>(plan.chunks) * sides);
+                    static_cast<unsigned>(plan.chunks) * directions);
     const size_t shared = sizeof(BackwardTiles<T, STATES>);
-    auto pass = [&](void (*kernel)(ScanBackwardArgs)) {
+    auto scan = [&](void (*kernel)(ScanBackwardArgs)) {
         return launch(kernel, grid, kBackwardThreads, shared, stream, args);
     };
     if (plan.chunks > 1) {
-        int status = pass(scan_backward_kernel<T, STATES, ALIGNED, true>);
+        int status = scan(scan_backward_kernel<T, STATES, ALIGNED, true>);
         if (status != kOk) return status;
-        const dim3 join_grid(static_cast<unsigned>(ceil_div(args.dim * STATES, 256)), static_cast<unsigned>(args.batch),
-                             sides);
-        status = launch(join_chunks_kernel, join_grid, 256, 0, stream, args);
+        status = join_adjoints(args, stream);
         if (status != kOk) return status;
     }
-    int status = pass(scan_backward_kernel<T, STATES, ALIGNED, false>);
+    int status = scan(scan_backward_kernel<T, STATES, ALIGNED, false>);
     if (status != kOk) return status;
-    const dim3 bc_grid(static_cast<unsigned>(ceil_div(args.batch * args.seqlen * 2 * STATES, 256)),
-                       static_cast<unsigned>(args.groups), sides);
-    status = launch(finish_bc_kernel<T, STATES>, bc_grid, 256, 0, stream, args);
-    if (status != kOk) return status;
-    const dim3 parameter_grid(static_cast<unsigned>(ceil_div(args.dim * (args.dstate + 2), kSumColumns)), 1, sides);
-    return launch(finish_parameters_kernel, parameter_grid, kSumThreads, kSumThreads * sizeof(float), stream, args);
+    return finish_gradients(args, stream);
 }
 
 template <typename T>
 int dispatch(const ScanBackwardArgs& args, void* stream) {
     switch (padded_states(args.dstate)) {
-        case 16:
-            return copies_fit<T, 16>(args) ? launch_backward<T, 16, true>(args, stream)
-                                           : launch_backward<T, 16, false>(args, stream);
-        case 32:
-            return launch_backward<T, 32, false>(args, stream);
-        default:
-            return launch_backward<T, 64, false>(args, stream);
+    case 16:
+        return copies_fit<T, 16>(args) ? launch_backward<T, 16, true>(args, stream)
+                                       : launch_backward<T, 16, false>(args, stream);
+    case 32:
+        return launch_backward<T, 32, false>(args, stream);
+    default:
+        return launch_backward<T, 64, false>(args, stream);
     }
 }
 
@@ -532,23 +419,19 @@ int dispatch(const ScanBackwardArgs& args, void* stream) {
 extern "C" int vim_scan_backward(const vim::ScanBackwardArgs* args, void* stream) {
     using namespace vim;
     if (args->dstate < 1 || args->dstate > 64 || args->groups < 1 || args->dim % args->groups != 0) return kUnsupported;
-    if (args->sides < 1 || args->sides > 2) return kUnsupported;
-    const int64_t chunks =
-        backward_plan(args->batch, args->seqlen, args->dim, args->dstate, args->groups, args->chunk_tiles).chunks;
+    if (args->directions < 1 || args->directions > 2) return kUnsupported;
+    const int64_t chunks = plan_of(*args).chunks;
     if (args->seqlen >= (int64_t{1} << 31) || args->dim * 64 >= (int64_t{1} << 31) || args->batch >= 65536 ||
-        chunks * args->sides >= 65536)
+        chunks * args->directions >= 65536)
         return kUnsupported;
     if (args->batch == 0 || args->seqlen == 0 || args->dim == 0) return kOk;
-    if (args->type == kFloat32) return dispatch<float>(*args, stream);
-    if (args->type == kBFloat16) return dispatch<BFloat16>(*args, stream);
-    if (args->type == kFloat16) return dispatch<Float16>(*args, stream);
-    return kUnsupported;
+    return with_element_type(args->type, [&](auto element) { return dispatch<decltype(element)>(*args, stream); });
 }
 
 // Floats of scratch memory that vim_scan_backward needs.
-extern "C" int64_t vim_scan_backward_workspace(int64_t batch, int64_t seqlen, int64_t dim, int32_t dstate, int32_t groups,
-                                               int32_t sides, int32_t chunk_tiles) {
-    return sides * vim::backward_plan(batch, seqlen, dim, dstate, groups, chunk_tiles).floats;
+extern "C" int64_t vim_scan_backward_workspace(int64_t batch, int64_t seqlen, int64_t dim, int32_t dstate,
+                                               int32_t groups, int32_t directions, int32_t chunk_tiles) {
+    return directions * vim::backward_plan(batch, seqlen, dim, dstate, groups, chunk_tiles).floats;
 }
 
 // Blocks of channels, for the caller's choice of chunks.

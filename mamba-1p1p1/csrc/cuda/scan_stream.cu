@@ -4,22 +4,25 @@
 // Four lanes share a pair of channels, each with a quarter of its states, and take four tokens at a time. What is per token
 // and channel (softplus, gate, store) a lane does for one token of the four; the others get its step through shared memory.
 //
-// Both directions of a mixer meet in the middle: each side first walks its own half of the sequence and stores its plain y;
+// Both directions of a mixer meet in the middle: each direction first walks its own half of the sequence and stores its plain y;
 // then, past the one barrier that they share, it walks the other half, adds what it finds there, gates and stores the result.
 #include <type_traits>
 
 #include "async_copy.h"
 #include "scan_stream.h"
+#include "scan_walk.h"
+#include "common/reduce.h"
 
 namespace vim {
 namespace {
 
-constexpr int kQuarter = 4;                        // states of a lane
-constexpr int kPairs = 32 / kLanes;                // pairs of channels of a warp
-constexpr int kChannels = kStreamChannels;         // of a block
+constexpr int kQuarter = 4;  // states of a lane
+constexpr int kPairs = 32 / kLanes;  // pairs of channels of a warp
+constexpr int kChannels = kStreamChannels;  // of a block
 constexpr int kStates = kQuarter * kLanes;
 constexpr int kGroups = kTile / kLanes;
-constexpr int kTileElements = kTile * kChannels;   // of a tile of u, delta or z, and of B | C: 2 * kStates is kChannels too
+constexpr int kTileElements =
+    kTile * kChannels;  // of a tile of u, delta or z, and of B | C: 2 * kStates is kChannels too
 static_assert(2 * kStates == kChannels);
 
 // A tile's rows lie in the order of the walk. Pieces of 16 bytes change places within some rows, so that the lanes of a warp,
@@ -56,19 +59,19 @@ struct Tiles {
     float4 steps[2][2][32];  // [warp][set][token of four, pair]: step and step * u of both channels
 };
 
-template <typename T, int SIDES, bool STATES_ONLY>
-__global__ void __launch_bounds__(kSideThreads* SIDES, kForwardWarps / SIDES / 2)
+template <typename T, int DIRECTIONS, bool STATES_ONLY>
+__global__ void __launch_bounds__(kDirectionThreads* DIRECTIONS, kForwardWarps / DIRECTIONS / 2)
     scan_stream_kernel(const ScanForwardArgs args) {
     using Pair = Bundle<T, 2>;
     using Quad = Bundle<T, 4>;
     constexpr int size = sizeof(T);
-    const int side_index = SIDES == 1 ? 0 : static_cast<int>(threadIdx.x) / kSideThreads;
-    const int thread = static_cast<int>(threadIdx.x) - side_index * kSideThreads;
+    const int direction_index = DIRECTIONS == 1 ? 0 : static_cast<int>(threadIdx.x) / kDirectionThreads;
+    const int thread = static_cast<int>(threadIdx.x) - direction_index * kDirectionThreads;
     const int warp = thread / 32;
-    const int column = thread % kPairs;    // which pair of the warp's
+    const int column = thread % kPairs;  // which pair of the warp's
     const int part = thread % 32 / kPairs;  // which states of theirs, and which token of each four
-    const ScanSide& side = args.side[SIDES == 1 ? 0 : side_index];
-    const bool reverse = side.reverse != 0;
+    const ScanDirection& direction = args.direction[DIRECTIONS == 1 ? 0 : direction_index];
+    const bool reverse = direction.reverse != 0;
     const int dim = static_cast<int>(args.dim);
     const int first_channel = static_cast<int>(blockIdx.x) * kChannels;
     const int group = first_channel / (dim / args.groups);
@@ -76,29 +79,20 @@ __global__ void __launch_bounds__(kSideThreads* SIDES, kForwardWarps / SIDES / 2
     const int channel = first_channel + in_block;
     const int64_t batch = blockIdx.y;
 
-    const int seqlen = static_cast<int>(args.seqlen);
-    const int total_tiles = static_cast<int>(ceil_div(seqlen, kTile));
-    const int chunk_tiles = args.chunk_tiles > 0 ? args.chunk_tiles : total_tiles;
-    const int chunk = blockIdx.z;
-    const int chunks = (total_tiles + chunk_tiles - 1) / chunk_tiles;
-    const int tile_begin = chunk * chunk_tiles;
-    const int tile_end = tile_begin + chunk_tiles < total_tiles ? tile_begin + chunk_tiles : total_tiles;
-    const int tiles = tile_end - tile_begin;
-    const int first_token = reverse ? tile_end * kTile - 1 : tile_begin * kTile;
-    const int onward = reverse ? -1 : 1;
-    auto in_sequence = [&](int t) { return static_cast<unsigned>(t) < static_cast<unsigned>(seqlen); };
-    auto tile_at = [&](int walked) { return reverse ? tile_end - 1 - walked : tile_begin + walked; };
+    const Walk walk(args.seqlen, args.chunk_tiles, blockIdx.z, reverse);
+    const int first_token = walk.first_token(), onward = walk.onward(), tiles = walk.tiles();
     auto boundary_row = [&](int tile, int c) {
-        return side.boundaries + ((batch * total_tiles + tile) * dim + channel + c) * kStates + part * kQuarter;
+        return direction.boundaries + ((batch * walk.total_tiles + tile) * dim + channel + c) * kStates +
+               part * kQuarter;
     };
-    Tiles<T>& shared = reinterpret_cast<Tiles<T>*>(vim_shared_memory)[side_index];
+    Tiles<T>& shared = reinterpret_cast<Tiles<T>*>(vim_shared_memory)[direction_index];
 
     // What this thread brings in of every tile: of u, delta and z, 16 bytes of row `piece_row` (and of the row 8 on, in float32);
     // of B | C, which become float32 on the way and so go through registers, four elements of every kBcApart-th row.
     constexpr int kPieces = kChannels * size / 16;  // of a row
-    constexpr int kCopies = kPieces * kTile / kSideThreads;
+    constexpr int kCopies = kPieces * kTile / kDirectionThreads;
     constexpr int kBcPieces = kChannels / 4;
-    constexpr int kBcCopies = kBcPieces * kTile / kSideThreads;
+    constexpr int kBcCopies = kBcPieces * kTile / kDirectionThreads;
     constexpr int kApart = kTile / kCopies, kBcApart = kTile / kBcCopies;
     const int piece_row = thread / kPieces, piece = thread % kPieces;
     const int bc_row = thread / kBcPieces, bc_piece = thread % kBcPieces;
@@ -109,15 +103,17 @@ __global__ void __launch_bounds__(kSideThreads* SIDES, kForwardWarps / SIDES / 2
         return static_cast<const char*>(data) + elements * size + bytes;
     };
     const int64_t piece_bytes = static_cast<int64_t>(first_channel) * size + piece * 16;
-    const char* u = start(side.u, side.u_batch, side.u_token, piece_row, piece_bytes);
-    const char* delta = start(side.delta, side.delta_batch, side.delta_token, piece_row, piece_bytes);
+    const char* u = start(direction.u, direction.u_batch, direction.u_token, piece_row, piece_bytes);
+    const char* delta = start(direction.delta, direction.delta_batch, direction.delta_token, piece_row, piece_bytes);
     const char* z = gated ? start(args.z, args.z_batch, args.z_token, piece_row, piece_bytes) : nullptr;
-    const char* bc = is_C ? start(side.C, side.C_batch, side.C_token, bc_row,
-                                  (group * side.C_group + (bc_piece - kBcPieces / 2) * 4) * size)
-                          : start(side.B, side.B_batch, side.B_token, bc_row, (group * side.B_group + bc_piece * 4) * size);
+    const char* bc = is_C ? start(direction.C, direction.C_batch, direction.C_token, bc_row,
+                                  (group * direction.C_group + (bc_piece - kBcPieces / 2) * 4) * size)
+                          : start(direction.B, direction.B_batch, direction.B_token, bc_row,
+                                  (group * direction.B_group + bc_piece * 4) * size);
     auto stride = [&](int64_t token_stride) { return static_cast<int>(token_stride) * onward * size; };
-    const int u_bytes = stride(side.u_token), delta_bytes = stride(side.delta_token), z_bytes = stride(args.z_token);
-    const int bc_bytes = stride(is_C ? side.C_token : side.B_token);
+    const int u_bytes = stride(direction.u_token), delta_bytes = stride(direction.delta_token),
+              z_bytes = stride(args.z_token);
+    const int bc_bytes = stride(is_C ? direction.C_token : direction.B_token);
     const int piece_place = piece_row * kChannels + (piece ^ swap_pieces<T>(piece_row)) * (16 / size);
     const int bc_place = bc_row * kChannels + bc_piece * 4;
     Quad bc_next[kBcCopies];
@@ -127,7 +123,7 @@ __global__ void __launch_bounds__(kSideThreads* SIDES, kForwardWarps / SIDES / 2
         const int t = first_token + onward * (copied * kTile + piece_row);
 #pragma unroll
         for (int k = 0; k < kCopies; ++k) {
-            const bool inside = in_sequence(t + onward * k * kApart);
+            const bool inside = walk.in_sequence(t + onward * k * kApart);
             const int place = piece_place + k * kApart * kChannels;
             copy_async<16>(&shared.u[buffer][place], u + k * kApart * u_bytes, inside);
             copy_async<16>(&shared.delta[buffer][place], delta + k * kApart * delta_bytes, inside);
@@ -137,7 +133,7 @@ __global__ void __launch_bounds__(kSideThreads* SIDES, kForwardWarps / SIDES / 2
 #pragma unroll
         for (int k = 0; k < kBcCopies; ++k) {
             bc_next[k] = Quad{};
-            if (in_sequence(bc_t + onward * k * kBcApart) && !(STATES_ONLY && is_C))
+            if (walk.in_sequence(bc_t + onward * k * kBcApart) && !(STATES_ONLY && is_C))
                 bc_next[k] = *reinterpret_cast<const Quad*>(bc + k * kBcApart * bc_bytes);
         }
         u += kTile * u_bytes;
@@ -147,56 +143,60 @@ __global__ void __launch_bounds__(kSideThreads* SIDES, kForwardWarps / SIDES / 2
         ++copied;
     };
 
-    // The next tile is whole when all threads of the side have left here.
+    // The next tile is whole when all threads of the direction have left here.
     auto arrive = [&] {
 #pragma unroll
         for (int k = 0; k < kBcCopies; ++k)
             *reinterpret_cast<float4*>(&shared.bc[copied & 1 ^ 1][bc_place + k * kBcApart * kChannels]) =
                 float4{bc_next[k][0], bc_next[k][1], bc_next[k][2], bc_next[k][3]};
         wait_for_copies();
-        if (SIDES == 1)
+        if (DIRECTIONS == 1)
             __syncthreads();
-        else if (side_index == 0)
-            sync_part<1, kSideThreads>();
+        else if (direction_index == 0)
+            sync_part<1, kDirectionThreads>();
         else
-            sync_part<2, kSideThreads>();
+            sync_part<2, kDirectionThreads>();
     };
-    // From this tile of its walk on a side completes what the other has begun; side 0 takes the middle one first.
-    const int meeting = SIDES == 1 ? 0 : (tiles + 1 - side_index) / 2;
+    // From this tile of its walk on a direction completes what the other has begun; direction 0 takes the middle one first.
+    const int meeting = DIRECTIONS == 1 ? 0 : (tiles + 1 - direction_index) / 2;
 
     copy_tile(gated && meeting == 0);
 
-    float rate[2][kQuarter], state[2][kQuarter], skip[2], bias[2], step_sum[2];
+    float log2_decay[2][kQuarter], state[2][kQuarter], skip[2], bias[2], step_sum[2];
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-        skip[c] = side.D == nullptr ? 0.0f : side.D[channel + c];
-        bias[c] = side.delta_bias == nullptr ? 0.0f : side.delta_bias[channel + c];
+        skip[c] = direction.D == nullptr ? 0.0f : direction.D[channel + c];
+        bias[c] = direction.delta_bias == nullptr ? 0.0f : direction.delta_bias[channel + c];
         step_sum[c] = 0.0f;
 #pragma unroll
         for (int n = 0; n < kQuarter; ++n) {
             const int index = part * kQuarter + n;
-            rate[c][n] = side.A[(channel + c) * kStates + index] * kLog2E;
+            log2_decay[c][n] = direction.A[(channel + c) * kStates + index] * kLog2E;
             state[c][n] = 0.0f;
-            if (chunks > 1) {
-                if (!STATES_ONLY) state[c][n] = boundary_row(tile_at(0), c)[n];
-            } else if (side.initial_state != nullptr) {
-                state[c][n] = side.initial_state[(batch * dim + channel + c) * kStates + index];
+            if (walk.chunks > 1) {
+                if (!STATES_ONLY) state[c][n] = boundary_row(walk.tile_at(0), c)[n];
+            } else if (direction.initial_state != nullptr) {
+                state[c][n] = direction.initial_state[(batch * dim + channel + c) * kStates + index];
             }
         }
     }
 
-    const bool added = SIDES == 1 && args.addend != nullptr;
+    const bool added = DIRECTIONS == 1 && args.addend != nullptr;
     auto own_start = [&](const void* data, int64_t batch_stride, int64_t token_stride) {
         return const_cast<char*>(start(data, batch_stride, token_stride, part, static_cast<int64_t>(channel) * size));
     };
     char* out = STATES_ONLY ? nullptr : own_start(args.out, args.out_batch, args.out_token);
-    // What is added to the output: the other side's part of it, or the caller's.
-    const char* onto = SIDES == 2 ? out : added ? own_start(args.addend, args.addend_batch, args.addend_token) : nullptr;
+    // What is added to the output: the other direction's part of it, or the caller's.
+    const char* onto = DIRECTIONS == 2 ? out
+                       : added         ? own_start(args.addend, args.addend_batch, args.addend_token)
+                                       : nullptr;
     char* ungated =
         STATES_ONLY || args.ungated == nullptr ? nullptr : own_start(args.ungated, args.seqlen * args.dim, args.dim);
     const int ungated_step = stride(args.dim) * kLanes;
-    const int out_step = stride(args.out_token) * kLanes, onto_step = SIDES == 2 ? out_step : stride(args.addend_token) * kLanes;
-    const int own_place = part * kChannels + ((in_block * size / 16) ^ swap_pieces<T>(part)) * (16 / size) + in_block % (16 / size);
+    const int out_step = stride(args.out_token) * kLanes,
+              onto_step = DIRECTIONS == 2 ? out_step : stride(args.addend_token) * kLanes;
+    const int own_place =
+        part * kChannels + ((in_block * size / 16) ^ swap_pieces<T>(part)) * (16 / size) + in_block % (16 / size);
     float4* const steps_of_column = shared.steps[warp][0] + column;
     int t = first_token + onward * part;  // this lane's token
     int slot = 0;
@@ -204,15 +204,15 @@ __global__ void __launch_bounds__(kSideThreads* SIDES, kForwardWarps / SIDES / 2
     arrive();
 
     for (int walked = 0; walked < tiles; ++walked) {
-        if (SIDES == 2 && walked == meeting) __syncthreads();
+        if (DIRECTIONS == 2 && walked == meeting) __syncthreads();
         const int buffer = walked & 1;
         const bool complete = walked >= meeting;
-        const bool second = SIDES == 2 && complete;
+        const bool second = DIRECTIONS == 2 && complete;
         if (walked + 1 < tiles) copy_tile(gated && walked + 1 >= meeting);
         if (args.save != 0) {
 #pragma unroll
             for (int c = 0; c < 2; ++c)
-                *reinterpret_cast<float4*>(boundary_row(tile_at(walked), c)) =
+                *reinterpret_cast<float4*>(boundary_row(walk.tile_at(walked), c)) =
                     float4{state[c][0], state[c][1], state[c][2], state[c][3]};
         }
         const T* own_u = shared.u[buffer] + own_place;
@@ -221,9 +221,10 @@ __global__ void __launch_bounds__(kSideThreads* SIDES, kForwardWarps / SIDES / 2
         const float* row = shared.bc[buffer] + part * kQuarter;
 #pragma unroll 1
         for (int g = 0; g < kGroups; ++g) {
-            const bool inside = in_sequence(t);
+            const bool inside = walk.in_sequence(t);
             Pair other;
-            if (!STATES_ONLY && inside && (SIDES == 2 ? second : added)) other = *reinterpret_cast<const Pair*>(onto);
+            if (!STATES_ONLY && inside && (DIRECTIONS == 2 ? second : added))
+                other = *reinterpret_cast<const Pair*>(onto);
             onto += onto_step;
             const Pair inputs = *reinterpret_cast<const Pair*>(own_u);
             const Pair raws = *reinterpret_cast<const Pair*>(own_delta);
@@ -240,19 +241,19 @@ __global__ void __launch_bounds__(kSideThreads* SIDES, kForwardWarps / SIDES / 2
             // Two sets of steps, in turn: a lane that is ahead by one group overwrites none that another still reads.
             steps_of_column[slot + part * kPairs] = float4{dt[0], dt[0] * input[0], dt[1], dt[1] * input[1]};
             __syncwarp();
-            float y[kLanes][2];
+            float y[2][kLanes];
 #pragma unroll
             for (int j = 0; j < kLanes; ++j) {
                 const float4 now = steps_of_column[slot + j * kPairs];
                 const float4 b = *reinterpret_cast<const float4*>(row + j * kChannels);
                 float4 weight = {0.0f, 0.0f, 0.0f, 0.0f};
                 if (!STATES_ONLY) weight = *reinterpret_cast<const float4*>(row + j * kChannels + kStates);
-                y[j][0] = y[j][1] = 0.0f;
+                y[0][j] = y[1][j] = 0.0f;
                 auto advance_both = [&](int n, float b_n, float weight_n) {
-                    state[0][n] = advance(state[0][n], now.x, rate[0][n], now.y, b_n);
-                    state[1][n] = advance(state[1][n], now.z, rate[1][n], now.w, b_n);
-                    y[j][0] = fmaf(weight_n, state[0][n], y[j][0]);
-                    y[j][1] = fmaf(weight_n, state[1][n], y[j][1]);
+                    state[0][n] = advance(state[0][n], now.x, log2_decay[0][n], now.y, b_n);
+                    state[1][n] = advance(state[1][n], now.z, log2_decay[1][n], now.w, b_n);
+                    y[0][j] = fmaf(weight_n, state[0][n], y[0][j]);
+                    y[1][j] = fmaf(weight_n, state[1][n], y[1][j]);
                 };
                 advance_both(0, b.x, weight.x);
                 advance_both(1, b.y, weight.y);
@@ -265,20 +266,14 @@ __global__ void __launch_bounds__(kSideThreads* SIDES, kForwardWarps / SIDES / 2
             own_delta += kLanes * kChannels;
             row += kLanes * kChannels;
             if (STATES_ONLY) continue;
-            // Lane `part` keeps the sums of token `part`: it gives away the half of the tokens that it does not keep.
-            const bool upper = (part & 2) != 0, odd_part = (part & 1) != 0;
+            // Lane `part` is left with the sum of token `part`.
             float value[2];
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
-                float kept[2];
-#pragma unroll
-                for (int j = 0; j < 2; ++j)
-                    kept[j] = (upper ? y[j + 2][c] : y[j][c]) +
-                              __shfl_xor_sync(0xffffffffu, upper ? y[j][c] : y[j + 2][c], 2 * kPairs);
-                value[c] = (odd_part ? kept[1] : kept[0]) +
-                           __shfl_xor_sync(0xffffffffu, odd_part ? kept[0] : kept[1], kPairs);
+                reduce_scatter<2 * kPairs, kPairs>(y[c], part * kPairs);
+                value[c] = y[c][0];
                 value[c] = fmaf(skip[c], input[c], value[c]);
-                if (SIDES == 2) value[c] += other[c];
+                if (DIRECTIONS == 2) value[c] += other[c];
             }
             if (ungated != nullptr) {
                 const Pack<T, 2> sum = {from_float<T>(value[0] * args.scale), from_float<T>(value[1] * args.scale)};
@@ -295,14 +290,14 @@ __global__ void __launch_bounds__(kSideThreads* SIDES, kForwardWarps / SIDES / 2
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
                 value[c] *= complete ? args.scale : 1.0f;
-                result.values[c] = from_float<T>(SIDES == 1 ? value[c] + other[c] : value[c]);
+                result.values[c] = from_float<T>(DIRECTIONS == 1 ? value[c] + other[c] : value[c]);
             }
             if (inside) *reinterpret_cast<Pack<T, 2>*>(out) = result;
             out += out_step;
         }
         if (walked + 1 < tiles) arrive();
     }
-    if (SIDES == 2 && meeting == tiles) __syncthreads();
+    if (DIRECTIONS == 2 && meeting == tiles) __syncthreads();
 
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
@@ -311,36 +306,34 @@ __global__ void __launch_bounds__(kSideThreads* SIDES, kForwardWarps / SIDES / 2
             step_sum[c] += __shfl_xor_sync(0xffffffffu, step_sum[c], 2 * kPairs);
             // What the chunk reaches from zero goes where the next chunk of the walk looks for the state it enters with.
             if (part == 0)
-                args.chunk_steps[((side_index * args.batch + batch) * chunks + chunk) * dim + channel + c] = step_sum[c];
-            const int next = reverse ? tile_begin - 1 : tile_end;
-            if (next < 0 || next >= total_tiles) continue;
+                args.chunk_steps[((direction_index * args.batch + batch) * walk.chunks + walk.chunk) * dim + channel +
+                                 c] = step_sum[c];
+            const int next = reverse ? walk.tile_begin - 1 : walk.tile_end;
+            if (next < 0 || next >= walk.total_tiles) continue;
 #pragma unroll
             for (int n = 0; n < kQuarter; ++n) boundary_row(next, c)[n] = state[c][n];
-        } else if (side.last_state != nullptr && (reverse ? tile_begin == 0 : tile_end == total_tiles)) {
+        } else if (direction.last_state != nullptr &&
+                   (reverse ? walk.tile_begin == 0 : walk.tile_end == walk.total_tiles)) {
 #pragma unroll
             for (int n = 0; n < kQuarter; ++n)
-                side.last_state[(batch * dim + channel + c) * kStates + part * kQuarter + n] = state[c][n];
+                direction.last_state[(batch * dim + channel + c) * kStates + part * kQuarter + n] = state[c][n];
         }
     }
 }
 
-template <typename T, int SIDES>
+template <typename T, int DIRECTIONS>
 int launch_typed(const ScanForwardArgs& args, bool states_only, dim3 grid, void* stream) {
-    const size_t shared = SIDES * sizeof(Tiles<T>);
-    return states_only ? launch(scan_stream_kernel<T, SIDES, true>, grid, kSideThreads * SIDES, shared, stream, args)
-                       : launch(scan_stream_kernel<T, SIDES, false>, grid, kSideThreads * SIDES, shared, stream, args);
+    const size_t shared = DIRECTIONS * sizeof(Tiles<T>);
+    return states_only ? launch(scan_stream_kernel<T, DIRECTIONS, true>, grid, kDirectionThreads * DIRECTIONS, shared,
+                                stream, args)
+                       : launch(scan_stream_kernel<T, DIRECTIONS, false>, grid, kDirectionThreads * DIRECTIONS, shared,
+                                stream, args);
 }
 
 template <typename T>
-int launch_sides(const ScanForwardArgs& args, bool states_only, dim3 grid, void* stream) {
-    return args.sides == 1 ? launch_typed<T, 1>(args, states_only, grid, stream)
-                           : launch_typed<T, 2>(args, states_only, grid, stream);
-}
-
-// Whether every row of a tensor starts on a multiple of so many bytes.
-bool aligned(const void* data, int64_t batch_stride, int64_t token_stride, int64_t size, int64_t bytes) {
-    return data == nullptr || (reinterpret_cast<uintptr_t>(data) % bytes == 0 && batch_stride * size % bytes == 0 &&
-                               token_stride * size % bytes == 0);
+int launch_directions(const ScanForwardArgs& args, bool states_only, dim3 grid, void* stream) {
+    return args.directions == 1 ? launch_typed<T, 1>(args, states_only, grid, stream)
+                                : launch_typed<T, 2>(args, states_only, grid, stream);
 }
 
 }  // namespace
@@ -348,24 +341,23 @@ bool aligned(const void* data, int64_t batch_stride, int64_t token_stride, int64
 bool stream_fits(const ScanForwardArgs& args) {
     const int64_t size = args.type == kFloat32 ? 4 : 2;
     bool fit = args.dstate == kStates && args.dim / args.groups % kChannels == 0 &&
-               aligned(args.z, args.z_batch, args.z_token, size, 16) &&
-               aligned(args.addend, args.addend_batch, args.addend_token, size, 2 * size) &&
-               aligned(args.out, args.out_batch, args.out_token, size, 2 * size);
-    for (int i = 0; i < args.sides; ++i) {
-        const ScanSide& side = args.side[i];
-        fit = fit && aligned(side.u, side.u_batch, side.u_token, size, 16) &&
-              aligned(side.delta, side.delta_batch, side.delta_token, size, 16) &&
-              aligned(side.B, side.B_batch, side.B_token, size, 4 * size) &&
-              aligned(side.C, side.C_batch, side.C_token, size, 4 * size) &&
-              side.B_group % 4 == 0 && side.C_group % 4 == 0;
+               rows_aligned(args.z, args.z_batch, args.z_token, size, 16) &&
+               rows_aligned(args.addend, args.addend_batch, args.addend_token, size, 2 * size) &&
+               rows_aligned(args.out, args.out_batch, args.out_token, size, 2 * size);
+    for (int i = 0; i < args.directions; ++i) {
+        const ScanDirection& direction = args.direction[i];
+        fit = fit && rows_aligned(direction.u, direction.u_batch, direction.u_token, size, 16) &&
+              rows_aligned(direction.delta, direction.delta_batch, direction.delta_token, size, 16) &&
+              rows_aligned(direction.B, direction.B_batch, direction.B_token, size, 4 * size) &&
+              rows_aligned(direction.C, direction.C_batch, direction.C_token, size, 4 * size) &&
+              direction.B_group % 4 == 0 && direction.C_group % 4 == 0;
     }
     return fit;
 }
 
 int launch_stream(const ScanForwardArgs& args, bool states_only, dim3 grid, void* stream) {
-    if (args.type == kFloat32) return launch_sides<float>(args, states_only, grid, stream);
-    if (args.type == kBFloat16) return launch_sides<BFloat16>(args, states_only, grid, stream);
-    return launch_sides<Float16>(args, states_only, grid, stream);
+    return with_element_type(
+        args.type, [&](auto element) { return launch_directions<decltype(element)>(args, states_only, grid, stream); });
 }
 
 }  // namespace vim

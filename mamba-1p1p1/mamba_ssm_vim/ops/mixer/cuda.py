@@ -25,7 +25,7 @@ class MixerWeightsArgs(ctypes.Structure):
         *((name, pointer * 2) for name in ("x_proj", "dt_proj")),
         *((name, pointer) for name in ("x_out", "dt_out")),
         ("dim", int64),
-        *((name, int32) for name in ("rank", "pad", "columns", "sides", "in_type", "out_type")),
+        *((name, int32) for name in ("rank", "pad", "columns", "directions", "in_type", "out_type")),
     )
 
 
@@ -53,55 +53,55 @@ def why_not(xz: torch.Tensor, directions: list) -> str | None:
     return None
 
 
-def _ways(directions: list) -> list:
+def _in_kernel_order(directions: list) -> list:
     """The directions in the order of the kernels for two: along the tokens, then against them."""
     return sorted(directions, key=lambda direction: direction.reverse)
 
 
-def _convolved(x: torch.Tensor, ways: list) -> torch.Tensor:
+def _convolved(x: torch.Tensor, ordered: list) -> torch.Tensor:
     """SiLU of each direction's convolution of x (B, L, E): (S, B, L, E); two directions share a launch."""
-    if len(ways) == 2:
-        return conv.forward_pair(x, [w.conv_weight for w in ways], [w.conv_bias for w in ways])
-    (way,) = ways
-    return conv.forward(x, way.conv_weight, way.conv_bias, None, silu=True, reverse=way.reverse).unsqueeze(0)
+    if len(ordered) == 2:
+        return conv.forward_pair(x, [w.conv_weight for w in ordered], [w.conv_bias for w in ordered])
+    (one,) = ordered
+    return conv.forward(x, one.conv_weight, one.conv_bias, None, silu=True, reverse=one.reverse).unsqueeze(0)
 
 
-def _convolution_gradients(du_SBLE: torch.Tensor, x: torch.Tensor, ways: list, dx: torch.Tensor) -> list[dict]:
+def _convolution_gradients(du_SBLE: torch.Tensor, x: torch.Tensor, ordered: list, dx: torch.Tensor) -> list[dict]:
     """Gradients of each direction's filter and bias; that of x goes to `dx`."""
-    if len(ways) == 2:
+    if len(ordered) == 2:
         weights, biases = conv.backward_pair(
-            list(du_SBLE), x, [w.conv_weight for w in ways], [w.conv_bias for w in ways], dx
+            list(du_SBLE), x, [w.conv_weight for w in ordered], [w.conv_bias for w in ordered], dx
         )
     else:
-        (way,) = ways
+        (direction,) = ordered
         found = conv.backward(
-            du_SBLE[0], x, way.conv_weight, way.conv_bias, None, silu=True, reverse=way.reverse,
+            du_SBLE[0], x, direction.conv_weight, direction.conv_bias, None, silu=True, reverse=direction.reverse,
             out=ConvGradients(x=dx),
         )  # fmt: skip
         weights, biases = [found.weight], [found.bias]
     return [{"conv_weight": w, "conv_bias": b} for w, b in zip(weights, biases, strict=True)]
 
 
-def _weights(ways: list, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def _weights(ordered: list, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """x_proj's weights (S, K, E) and dt_proj's (S, E, R + P) in `dtype`.
 
     P zeros make the rank a multiple of 8, as fast 16-bit matrix products need their rows.
     """
-    dim, rank = ways[0].dt_proj_weight.shape
-    columns = ways[0].x_proj_weight.shape[0] - rank
-    sources = [[w.x_proj_weight for w in ways], [w.dt_proj_weight for w in ways]]
+    dim, rank = ordered[0].dt_proj_weight.shape
+    columns = ordered[0].x_proj_weight.shape[0] - rank
+    sources = [[w.x_proj_weight for w in ordered], [w.dt_proj_weight for w in ordered]]
     in_dtype = scan.common_dtype(*sources[0], *sources[1])
     if in_dtype not in DTYPES:
         in_dtype = torch.float32
     x_from, dt_from = ([t.to(in_dtype).contiguous() for t in tensors] for tensors in sources)
     pad = -rank % 8
-    x_weights = torch.empty(len(ways), rank + pad + columns, dim, dtype=dtype, device=x_from[0].device)
-    dt_weights = torch.empty(len(ways), dim, rank + pad, dtype=dtype, device=x_from[0].device)
+    x_weights = torch.empty(len(ordered), rank + pad + columns, dim, dtype=dtype, device=x_from[0].device)
+    dt_weights = torch.empty(len(ordered), dim, rank + pad, dtype=dtype, device=x_from[0].device)
     args = MixerWeightsArgs()
-    for side in range(len(ways)):
-        args.x_proj[side], args.dt_proj[side] = address(x_from[side]), address(dt_from[side])
+    for index in range(len(ordered)):
+        args.x_proj[index], args.dt_proj[index] = address(x_from[index]), address(dt_from[index])
     args.x_out, args.dt_out, args.dim = address(x_weights), address(dt_weights), dim
-    args.rank, args.pad, args.columns, args.sides = rank, pad, columns, len(ways)
+    args.rank, args.pad, args.columns, args.directions = rank, pad, columns, len(ordered)
     args.in_type, args.out_type = DTYPES[in_dtype], DTYPES[dtype]
     scan.library.launch("vim_mixer_weights", args, x_weights)
     return x_weights, dt_weights
@@ -130,20 +130,20 @@ def forward(xz: torch.Tensor, directions: list, *, scale: float, save: bool) -> 
     out = torch.empty(x.shape, dtype=xz.dtype, device=xz.device)
     if xz.numel() == 0:
         return out, []
-    ways, dstate = _ways(directions), directions[0].A.shape[1]
-    x_weights, dt_weights = _weights(ways, xz.dtype)
-    u_SBLE = _convolved(x, ways)
+    ordered, dstate = _in_kernel_order(directions), directions[0].A.shape[1]
+    x_weights, dt_weights = _weights(ordered, xz.dtype)
+    u_SBLE = _convolved(x, ordered)
     low_SMK = torch.bmm(u_SBLE.flatten(1, 2), x_weights.mT)
     delta_SBLE = torch.bmm(low_SMK[..., : dt_weights.shape[2]], dt_weights.mT).view(u_SBLE.shape)
     low_SBLK = low_SMK.view(*u_SBLE.shape[:3], -1)
-    sides = []
-    for way, u, delta, low in zip(ways, u_SBLE, delta_SBLE, low_SBLK, strict=True):
+    scans = []
+    for direction, u, delta, low in zip(ordered, u_SBLE, delta_SBLE, low_SBLK, strict=True):
         B, C = _states_in_out(low, dstate)
-        sides.append({
-            "u": u, "delta": delta, "A": way.A, "B": B, "C": C, "D": way.D, "delta_bias": way.dt_bias,
-            "initial_state": None, "last_state": None, "reverse": way.reverse,
+        scans.append({
+            "u": u, "delta": delta, "A": direction.A, "B": B, "C": C, "D": direction.D, "delta_bias": direction.dt_bias,
+            "initial_state": None, "last_state": None, "reverse": direction.reverse,
         })  # fmt: skip
-    kept = scan.launch_forward(sides, z, out, delta_softplus=True, scale=scale, save=save)
+    kept = scan.launch_forward(scans, z, out, delta_softplus=True, scale=scale, save=save)
     return out, [low_SBLK, *kept] if save else []
 
 
@@ -161,26 +161,28 @@ def backward(
     dxz = torch.empty(xz.shape, dtype=xz.dtype, device=xz.device)
     dx, dz = dxz.chunk(2, dim=-1)
     dout = scan.as_rows(dout, xz.dtype)
-    ways, (rank, dstate) = _ways(directions), (directions[0].dt_proj_weight.shape[1], directions[0].A.shape[1])
+    ordered = _in_kernel_order(directions)
+    rank, dstate = ordered[0].dt_proj_weight.shape[1], ordered[0].A.shape[1]
     low_SBLK, *kept = saved
-    x_weights, dt_weights = _weights(ways, xz.dtype)
+    x_weights, dt_weights = _weights(ordered, xz.dtype)
     wide = dt_weights.shape[2]
-    u_SBLE, low_SMK = _convolved(x, ways), low_SBLK.flatten(1, 2)
+    u_SBLE, low_SMK = _convolved(x, ordered), low_SBLK.flatten(1, 2)
     delta_SBLE = torch.bmm(low_SMK[..., :wide], dt_weights.mT).view(u_SBLE.shape)
     du_SBLE, ddelta_SBLE, dlow_SBLK = (torch.empty_like(t) for t in (u_SBLE, u_SBLE, low_SBLK))
-    sides, grads = [], []
-    for index, way in enumerate(ways):
+    scans, grads = [], []
+    for index, direction in enumerate(ordered):
         B, C = _states_in_out(low_SBLK[index], dstate)
         dB, dC = _states_in_out(dlow_SBLK[index], dstate)
-        dA, dD, dbias = (torch.empty_like(t, dtype=torch.float32) for t in (way.A, way.D, way.dt_bias))
-        sides.append({
-            "u": u_SBLE[index], "delta": delta_SBLE[index], "A": way.A, "B": B, "C": C, "D": way.D,
-            "delta_bias": way.dt_bias, "initial_state": None, "last_state": None, "reverse": way.reverse,
+        of_parameters = (direction.A, direction.D, direction.dt_bias)
+        dA, dD, dbias = (torch.empty_like(t, dtype=torch.float32) for t in of_parameters)
+        scans.append({
+            "u": u_SBLE[index], "delta": delta_SBLE[index], "A": direction.A, "B": B, "C": C, "D": direction.D,
+            "delta_bias": direction.dt_bias, "initial_state": None, "last_state": None, "reverse": direction.reverse,
         })  # fmt: skip
         grads.append(
             ScanGradients(u=du_SBLE[index], delta=ddelta_SBLE[index], A=dA, B=dB, C=dC, D=dD, delta_bias=dbias)
         )
-    scan.launch_backward(sides, grads, z, dout, dz, kept, delta_softplus=True, scale=scale)
+    scan.launch_backward(scans, grads, z, dout, dz, kept, delta_softplus=True, scale=scale)
     grads = [{"dt_bias": found.delta_bias, "A": found.A, "D": found.D} for found in grads]
     du_SME, ddelta_SME, dlow_SMK, u_SME = (t.flatten(1, 2) for t in (du_SBLE, ddelta_SBLE, dlow_SBLK, u_SBLE))
     dlow_SMK[..., :wide] = torch.bmm(ddelta_SME, dt_weights)
@@ -188,8 +190,8 @@ def backward(
     ddt_weights = [ddelta.t() @ low[:, :wide] for ddelta, low in zip(ddelta_SME, low_SMK, strict=True)]
     dx_weights = [dlow.t() @ u for dlow, u in zip(dlow_SMK, u_SME, strict=True)]
     du_SME.baddbmm_(dlow_SMK, x_weights)
-    convolution = _convolution_gradients(du_SBLE, x, ways, dx)
+    convolution = _convolution_gradients(du_SBLE, x, ordered, dx)
     for named, more, ddt, dxw in zip(grads, convolution, ddt_weights, dx_weights, strict=True):
         named.update(more, dt_proj_weight=ddt[:, :rank], x_proj_weight=torch.cat([dxw[:rank], dxw[wide:]]))
-    by_way = {way.reverse: named for way, named in zip(ways, grads, strict=True)}
-    return dxz, [by_way[direction.reverse] for direction in directions]
+    by_reverse = {direction.reverse: named for direction, named in zip(ordered, grads, strict=True)}
+    return dxz, [by_reverse[direction.reverse] for direction in directions]

@@ -28,8 +28,8 @@ library = CudaLibrary(
 )
 
 
-class ScanSide(ctypes.Structure):
-    """`vim::ScanSide` of csrc/cuda/scan.h: one direction's tensors."""
+class ScanDirection(ctypes.Structure):
+    """`vim::ScanDirection` of csrc/cuda/scan.h: one direction's tensors."""
 
     _fields_ = (
         *((name, pointer) for name in ("u", "delta", "B", "C", "A", "D", "delta_bias", "initial_state")),
@@ -45,22 +45,20 @@ class ScanForwardArgs(ctypes.Structure):
     """`vim::ScanForwardArgs` of csrc/cuda/scan.h."""
 
     _fields_ = (
-        ("side", ScanSide * 2),
+        ("direction", ScanDirection * 2),
         *((name, pointer) for name in ("z", "addend", "out", "ungated", "chunk_steps")),
         *((f"{name}_{axis}", int64) for name in ("z", "addend", "out") for axis in ("batch", "token")),
         *((name, int64) for name in ("batch", "seqlen", "dim")),
-        *((name, int32) for name in ("dstate", "groups", "sides", "type", "softplus", "chunk_tiles", "save")),
+        *((name, int32) for name in ("dstate", "groups", "directions", "type", "softplus", "chunk_tiles", "save")),
         ("scale", float32),
-        ("pairs", int32),
-        ("reserved", int32),
     )
 
 
-class ScanBackwardSide(ctypes.Structure):
-    """`vim::ScanBackwardSide` of csrc/cuda/scan.h: one direction's inputs and gradients."""
+class ScanBackwardDirection(ctypes.Structure):
+    """`vim::ScanBackwardDirection` of csrc/cuda/scan.h: one direction's inputs and gradients."""
 
     _fields_ = (
-        ("inputs", ScanSide),
+        ("inputs", ScanDirection),
         *((name, pointer) for name in ("du", "ddelta", "dB", "dC", "dA", "dD", "ddelta_bias", "dinitial_state")),
         ("dlast_state", pointer),
     )
@@ -70,11 +68,11 @@ class ScanBackwardArgs(ctypes.Structure):
     """`vim::ScanBackwardArgs` of csrc/cuda/scan.h."""
 
     _fields_ = (
-        ("side", ScanBackwardSide * 2),
+        ("direction", ScanBackwardDirection * 2),
         *((name, pointer) for name in ("z", "ungated", "dout", "dz", "workspace")),
         *((f"{name}_{axis}", int64) for name in ("z", "dout", "dz") for axis in ("batch", "token")),
         *((name, int64) for name in ("dbc_token", "dbc_group", "batch", "seqlen", "dim")),
-        *((name, int32) for name in ("dstate", "groups", "sides", "type", "softplus", "chunk_tiles")),
+        *((name, int32) for name in ("dstate", "groups", "directions", "type", "softplus", "chunk_tiles")),
         ("scale", float32),
         ("reserved", int32),
     )
@@ -132,22 +130,22 @@ def backward_chunk_tiles(blocks: int, seqlen: int, multiprocessors: int) -> int:
     return max(8, math.ceil(math.ceil(seqlen / TILE) / chunks))
 
 
-def fill_side(
-    side: ScanSide, u, delta, A, B, C, D, delta_bias, initial_state, last_state, boundaries, *, reverse: bool
+def fill_direction(
+    direction: ScanDirection, u, delta, A, B, C, D, delta_bias, initial_state, last_state, boundaries, *, reverse: bool
 ) -> list[torch.Tensor | None]:
-    """Write one direction's tensors into `side`; returns what must outlive the launch."""
+    """Write one direction's tensors into `direction`; returns what must outlive the launch."""
     named = {
         "u": u, "delta": delta, "B": B, "C": C, "A": plain(A), "D": plain(D), "delta_bias": plain(delta_bias),
         "initial_state": plain(initial_state), "last_state": last_state, "boundaries": boundaries,
     }  # fmt: skip
     for name, t in named.items():
-        setattr(side, name, address(t))
+        setattr(direction, name, address(t))
     for name in ("u", "delta", "B", "C"):
         t = named[name]
-        setattr(side, f"{name}_batch", t.stride(0))
-        setattr(side, f"{name}_token", t.stride(1))
-    side.B_group, side.C_group = B.stride(2), C.stride(2)
-    side.reverse = reverse
+        setattr(direction, f"{name}_batch", t.stride(0))
+        setattr(direction, f"{name}_token", t.stride(1))
+    direction.B_group, direction.C_group = B.stride(2), C.stride(2)
+    direction.reverse = reverse
     return list(named.values())
 
 
@@ -165,38 +163,37 @@ def boundary_floats(batch: int, seqlen: int, dim: int, dstate: int) -> int:
 
 
 def launch_forward(
-    sides: list[dict], z: torch.Tensor | None, out: torch.Tensor, addend: torch.Tensor | None = None, *,
-    delta_softplus: bool, scale: float, save: bool, cut: int | None = None, pairs: bool = True,
+    directions: list[dict], z: torch.Tensor | None, out: torch.Tensor, addend: torch.Tensor | None = None, *,
+    delta_softplus: bool, scale: float, save: bool, cut: int | None = None,
 ) -> list[torch.Tensor]:  # fmt: skip
     """One scan, or both directions of a mixer, into `out` (B, L, E).
 
-    Returns, if `save`, what `launch_backward` needs: boundary states per side and, with a gate, the ungated sum.
+    Returns, if `save`, what `launch_backward` needs: boundary states per direction and, with a gate, the ungated sum.
 
     Args:
-        sides: keyword arguments of `fill_side` (boundaries excepted) for one or two directions; u, delta, B, C, z, out
-            and addend have one dtype.
+        directions: keyword arguments of `fill_direction` (boundaries excepted) for one or two directions; u, delta, B,
+            C, z, out and addend have one dtype.
         cut: tiles per chunk of time; None chooses.
-        pairs: let a lane own two channels where alignment allows.
     """
-    u, A, B = sides[0]["u"], sides[0]["A"], sides[0]["B"]
+    u, A, B = directions[0]["u"], directions[0]["A"], directions[0]["B"]
     batch, seqlen, dim = u.shape
     dstate, groups = A.shape[1], B.shape[2]
     args = ScanForwardArgs()
     if cut is None:
         blocks = library.query("vim_scan_forward_blocks", dim, groups, 2)
-        cut = chunk_tiles(batch * blocks * 2 * len(sides), seqlen, multiprocessors(u.device))
+        cut = chunk_tiles(batch * blocks * 2 * len(directions), seqlen, multiprocessors(u.device))
     boundaries: list[torch.Tensor] = []
     alive: list[torch.Tensor | None] = []
-    for side, tensors in zip(args.side, sides, strict=False):
+    for direction, tensors in zip(args.direction, directions, strict=False):
         states = None
         if save or cut:
             floats = library.query("vim_scan_boundary_floats", batch, seqlen, dim, dstate)
             states = torch.empty(floats, dtype=torch.float32, device=u.device)
             boundaries.append(states)
-        alive += fill_side(side, boundaries=states, **tensors)
+        alive += fill_direction(direction, boundaries=states, **tensors)
     if cut:
         chunks = math.ceil(math.ceil(seqlen / TILE) / cut)
-        steps = torch.empty(len(sides) * batch * chunks * dim, dtype=torch.float32, device=u.device)
+        steps = torch.empty(len(directions) * batch * chunks * dim, dtype=torch.float32, device=u.device)
         args.chunk_steps = address(steps)
     kept = list(boundaries) if save else []
     if save and z is not None:
@@ -206,21 +203,21 @@ def launch_forward(
     _set_strided(args, "addend", addend)
     _set_strided(args, "out", out)
     args.batch, args.seqlen, args.dim, args.dstate, args.groups = batch, seqlen, dim, dstate, groups
-    args.sides, args.type, args.softplus = len(sides), DTYPES[u.dtype], delta_softplus
-    args.chunk_tiles, args.save, args.scale, args.pairs = cut, save, scale, pairs
+    args.directions, args.type, args.softplus = len(directions), DTYPES[u.dtype], delta_softplus
+    args.chunk_tiles, args.save, args.scale = cut, save, scale
     library.launch("vim_scan_forward", args, u)
     return kept
 
 
 def launch_backward(
-    sides: list[dict], grads: list[ScanGradients], z: torch.Tensor | None, dout: torch.Tensor, dz: torch.Tensor | None,
-    saved: list[torch.Tensor], *, dlast_state: torch.Tensor | None = None, delta_softplus: bool, scale: float,
-    cut: int | None = None,
+    directions: list[dict], grads: list[ScanGradients], z: torch.Tensor | None, dout: torch.Tensor,
+    dz: torch.Tensor | None, saved: list[torch.Tensor], *, dlast_state: torch.Tensor | None = None,
+    delta_softplus: bool, scale: float, cut: int | None = None,
 ) -> None:  # fmt: skip
     """Gradients of one scan, or of both directions of a mixer, written into the tensors of `grads` and into `dz`.
 
     Args:
-        sides: keyword arguments of `fill_side` (boundaries excepted) for each direction.
+        directions: keyword arguments of `fill_direction` (boundaries excepted) for each direction.
         grads: for each direction u and delta, contiguous (B, L, E); B and C (B, L, G, N), alike column slices of
             (B, L, ...) tensors; these in the inputs' one dtype; A, D, delta_bias and initial_state float32, contiguous,
             the last three None where they are not wanted.
@@ -230,20 +227,20 @@ def launch_backward(
         dlast_state: gradient of the last state of a single direction.
         cut: tiles per chunk of time; None chooses.
     """
-    u, A, B = sides[0]["u"], sides[0]["A"], sides[0]["B"]
+    u, A, B = directions[0]["u"], directions[0]["A"], directions[0]["B"]
     batch, seqlen, dim = u.shape
-    dstate, groups, count = A.shape[1], B.shape[2], len(sides)
+    dstate, groups, count = A.shape[1], B.shape[2], len(directions)
     if cut is None:
         blocks = batch * count * library.query("vim_scan_backward_blocks", dim, dstate, groups)
         cut = backward_chunk_tiles(blocks, seqlen, multiprocessors(u.device))
     args = ScanBackwardArgs()
     alive: list[torch.Tensor | None] = [plain(dlast_state)]
-    args.side[0].dlast_state = address(alive[0])
-    for side, tensors, boundaries, of_side in zip(args.side, sides, saved, grads, strict=False):
-        alive += fill_side(side.inputs, boundaries=boundaries, **tensors)
-        for name, t in of_side._asdict().items():
+    args.direction[0].dlast_state = address(alive[0])
+    for direction, tensors, boundaries, of_direction in zip(args.direction, directions, saved, grads, strict=False):
+        alive += fill_direction(direction.inputs, boundaries=boundaries, **tensors)
+        for name, t in of_direction._asdict().items():
             if name != "z":  # the directions share it
-                setattr(side, f"d{name}", address(t))
+                setattr(direction, f"d{name}", address(t))
     args.dbc_token, args.dbc_group = grads[0].B.stride(1), grads[0].B.stride(2)
     floats = library.query("vim_scan_backward_workspace", batch, seqlen, dim, dstate, groups, count, cut)
     workspace = torch.empty(floats, dtype=torch.float32, device=u.device)
@@ -253,7 +250,7 @@ def launch_backward(
     for name, t in (("z", z), ("dout", dout), ("dz", dz)):
         _set_strided(args, name, t)
     args.batch, args.seqlen, args.dim, args.dstate, args.groups = batch, seqlen, dim, dstate, groups
-    args.sides, args.type, args.softplus = count, DTYPES[u.dtype], delta_softplus
+    args.directions, args.type, args.softplus = count, DTYPES[u.dtype], delta_softplus
     args.chunk_tiles, args.scale = cut, scale
     library.launch("vim_scan_backward", args, u)
 
@@ -283,12 +280,12 @@ def forward(
     if u.numel() == 0:
         last_state.copy_(initial_state) if initial_state is not None else last_state.zero_()
         return u.new_empty(u.shape) if out is None else out, last_state, []
-    side = {
+    direction = {
         "u": as_rows(u, dtype), "delta": as_rows(delta, dtype), "A": A, "B": as_rows(B, dtype), "C": as_rows(C, dtype),
         "D": D, "delta_bias": delta_bias, "initial_state": initial_state, "last_state": last_state, "reverse": reverse,
     }  # fmt: skip
     saved = launch_forward(
-        [side], as_rows(z, dtype), result, as_rows(out, dtype) if accumulate else None,
+        [direction], as_rows(z, dtype), result, as_rows(out, dtype) if accumulate else None,
         delta_softplus=delta_softplus, scale=out_scale, save=save,
     )  # fmt: skip
     if out is None:
@@ -319,7 +316,7 @@ def backward(
     def empty(like: torch.Tensor | None, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
         return None if like is None else torch.empty(like.shape, dtype=dtype, device=u.device)
 
-    side = {
+    direction = {
         "u": as_rows(u, dtype), "delta": as_rows(delta, dtype), "A": A, "B": as_rows(B, dtype), "C": as_rows(C, dtype),
         "D": D, "delta_bias": delta_bias, "initial_state": None, "last_state": None, "reverse": reverse,
     }  # fmt: skip
@@ -329,7 +326,7 @@ def backward(
         initial_state=empty(initial_state),
     )  # fmt: skip
     launch_backward(
-        [side], [found], as_rows(z, dtype), as_rows(dout, dtype), found.z, saved, dlast_state=dlast_state,
+        [direction], [found], as_rows(z, dtype), as_rows(dout, dtype), found.z, saved, dlast_state=dlast_state,
         delta_softplus=delta_softplus, scale=out_scale,
     )  # fmt: skip
     if accumulate:

@@ -39,12 +39,12 @@ def run(module, monkeypatch, xz, directions, scale):
         return [out, *torch.autograd.grad(out, leaves, torch.linspace(-1, 1, out.numel()).view(out.shape).to(out))]
 
 
-@pytest.mark.parametrize("sides", [1, 2])
+@pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize(("seqlen", "dim"), [(37, 10), (20, 7)])
-def test_matches_the_operators(emulated, monkeypatch, seqlen, dim, sides):
+def test_matches_the_operators(emulated, monkeypatch, seqlen, dim, count):
     torch.manual_seed(0)
     xz = torch.randn(2, seqlen, 2 * dim, requires_grad=True)
-    directions = [direction(dim, 16, 3, reverse=i == 1) for i in range(sides)]
+    directions = [direction(dim, 16, 3, reverse=i == 1) for i in range(count)]
     actual = run(emulated, monkeypatch, xz, directions, 0.5)
     expected = run(None, monkeypatch, xz, directions, 0.5)
     for a, e in zip(actual, expected, strict=True):
