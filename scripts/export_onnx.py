@@ -14,8 +14,10 @@ import torch
 from mamba_ssm_vim.onnxruntime import library_path
 
 import vim  # noqa: F401  registers the models
-from vim.errors import USER_ERRORS, UserError
+from vim.environment import check_kernels
+from vim.errors import UserError, exit_status
 from vim.models import CheckpointError, VisionMamba, extract_state_dict, load_checkpoint, load_into
+from vim.models.registry import check_tag
 
 # Float32 logits of order 1 to 10, the operators of both runtimes summing in different orders.
 TOLERANCE = 1e-4
@@ -30,6 +32,10 @@ def build(args: argparse.Namespace) -> VisionMamba:
     if not timm.is_model(args.model.split(".")[0]) or not args.model.startswith("vim_"):
         known = ", ".join(n for n in timm.list_models("vim_*") if "bimamba" not in n)
         raise UserError(f"there is no model {args.model}: choose one of {known}")
+    try:
+        check_tag(args.model)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     arguments = {} if args.img_size is None else {"img_size": (args.img_size * 2)[:2]}
     try:
         state = None
@@ -92,6 +98,7 @@ def run(argv: list[str] | None = None) -> None:
         raise UserError(f"--img-size takes a side, or height and width, got {len(args.img_size)} numbers")
     if not args.output.parent.is_dir():
         raise UserError(f"there is no folder {args.output.parent} to write {args.output.name} into: create it first")
+    check_kernels("cpu")
     model = build(args)
     try:
         import onnxruntime  # noqa: F401
@@ -115,13 +122,8 @@ def run(argv: list[str] | None = None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0, or 2 with one line that says what is wrong."""
-    try:
-        run(argv)
-    except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Exit status, see `exit_status`."""
+    return exit_status(lambda: run(argv))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from vim.analysis.plots import plot_curves, read_log
-from vim.errors import UserError
+from vim.errors import exit_status
 
 
 def main() -> int:
@@ -14,13 +14,12 @@ def main() -> int:
     parser.add_argument("runs", nargs="+", type=Path, help="output folders of runs")
     parser.add_argument("--output", type=Path, default=Path("curves.png"), help="PNG to write")
     args = parser.parse_args()
-    try:
+
+    def draw() -> None:
         plot_curves({str(run): read_log(run / "log.txt") for run in args.runs}, args.output)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(args.output)
-    return 0
+        print(args.output)
+
+    return exit_status(draw)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,18 @@
 """Each mistake gets one sentence and status 2, without a traceback, and leaves nothing behind."""
 
+import os
 import pickle
 import shutil
-import subprocess
-import sys
+from pathlib import Path
 
+import forked
 import pytest
 import timm
 import torch
 
 from vim.engine.run import main
 
+REPOSITORY = Path(__file__).parents[2]
 MODEL = ("--model", "vim_nano_patch4_32", "--input-size", "32", "--batch-size", "8", "--num_workers", "0")
 
 
@@ -52,21 +54,36 @@ def test_flags(refused, tree):
 
 
 def test_environment(refused, tree, monkeypatch, tmp_path):
-    """Before anything is written; a name in the environment is read when a process starts, so one is started."""
+    """Before anything is written, by every command line; in forks, as the library reads its variable when it loads."""
     monkeypatch.setenv("VIM_BACKEND", "gpu")
     refused(*MODEL, "--data-path", tree, words="VIM_BACKEND is 'gpu', but the backends are cuda, triton, cpu")
-    monkeypatch.setenv("VIM_BACKEND", "")
-    monkeypatch.setenv("VIM_CPU_ISA", "sse9")
-    command = [sys.executable, "-m", "vim.main", *MODEL, "--data-path", tree, "--device", "cpu"]
-    done = subprocess.run([*command, "--output_dir", tmp_path / "output"], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: VIM_CPU_ISA is 'sse9', but it is none of baseline, avx2")
-    assert "Traceback" not in done.stderr
-    assert not (tmp_path / "output").exists()
+    monkeypatch.delenv("VIM_BACKEND")
+    checkpoint = _checkpoint(tmp_path, 3)
+    out = tmp_path / "o"
+    commands = (
+        ("main.py", *MODEL, "--data-path", tree, "--device", "cpu", "--output_dir", out),
+        ("-c", "import sys; from vim.analysis.predict import main; sys.exit(main())", tree / "val" / "red" / "0.jpg",
+         "--checkpoint", checkpoint, "--model", "vim_nano_patch4_32", "--out", out),
+        (REPOSITORY / "scripts" / "export_onnx.py", "vim_nano_patch4_32", "--output", out),
+    )  # fmt: skip
+    for command in commands:
+        for name, value, words in (
+            ("VIM_CPU_ISA", "sse9", "VIM_CPU_ISA is 'sse9', but it is none of baseline, avx2"),
+            ("VIM_BACKEND", "gpu", "VIM_BACKEND is 'gpu', but the backends are"),
+        ):
+            env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", name: value}
+            done = forked.run(*command, cwd=REPOSITORY / "vim", env=env, timeout=120)
+            assert done.returncode == 2, done.stderr
+            assert done.stderr.splitlines()[-1].startswith(f"error: {words}"), done.stderr
+            assert "Traceback" not in done.stderr
+            assert not out.exists()
 
 
-def test_model(refused, tree):
+def test_model(refused, tree, tmp_path):
     refused("--model", "vim_tinny_patch16_224", "--data-path", tree, words="did you mean vim_tiny_patch16_224")
+    tagged = ("--model", "vim_tiny_patch16_224.nonsense", "--data-path", tree)
+    refused(*tagged, words="vim_tiny_patch16_224 has vim_tiny_patch16_224.midclstok_in1k; leave out .nonsense")
+    refused(*tagged, "--eval", "--resume", _checkpoint(tmp_path, 3), words="leave out .nonsense")
     refused(*MODEL, "--data-path", tree, "--input-size", "3", words="patch size")
 
 

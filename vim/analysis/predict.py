@@ -18,10 +18,11 @@ from vim.engine import checkpoints
 from vim.engine.arguments import parse_args
 from vim.engine.build import build_model
 from vim.engine.distributed import choose_context
-from vim.engine.inherited import class_names, continue_flags, head_size, load_weights
+from vim.engine.inherited import class_names, continue_flags, head_size, known_config, load_weights
 from vim.engine.run import set_up_logging
 from vim.engine.training import autocast
-from vim.errors import USER_ERRORS, UserError
+from vim.environment import check_kernels
+from vim.errors import UserError, exit_status
 
 TOP = 5
 
@@ -57,9 +58,10 @@ def predict(checkpoint: Path, images: list[Path], argv: list[str]) -> list[list[
         named = argv[argv.index("--model") + 1] if "--model" in argv else getattr(content.get("args"), "model", None)
         if named is None:
             raise UserError(f"{checkpoint} does not name its model: pass --model")
-        size = timm.get_pretrained_cfg(named).input_size if timm.is_model(str(named)) else (3, 224, 224)
+        size = known_config(named).input_size if timm.is_model(str(named)) else (3, 224, 224)
         args = parse_args(argv, {"model": str(named), "in_chans": size[0], "input_size": size[-1]})
     context = choose_context(args)
+    check_kernels(context.device.type)
     num_classes = head_size(args, content)
     model = build_model(args, num_classes)
     load_weights(model, content)
@@ -79,7 +81,7 @@ def predict(checkpoint: Path, images: list[Path], argv: list[str]) -> list[list[
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line: 0, or 2 after a user's error."""
+    """Command line; its exit status, see `exit_status`."""
     parser = argparse.ArgumentParser(prog="python -m vim.analysis.predict", description=__doc__.splitlines()[0])
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
     parser.add_argument("--checkpoint", type=Path, required=True, help="of main.py, or another one with --model")
@@ -88,25 +90,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", help="cuda or cpu")
     parser.add_argument("--max-image-pixels", help="pictures of more pixels are refused")
     args = parser.parse_args(argv)
-    given = {"--model": args.model, "--device": args.device, "--max-image-pixels": args.max_image_pixels}
     set_up_logging()
+    return exit_status(lambda: _say_and_draw(args))
+
+
+def _say_and_draw(args: argparse.Namespace) -> None:
+    given = {"--model": args.model, "--device": args.device, "--max-image-pixels": args.max_image_pixels}
+    flags = [word for flag, value in given.items() if value is not None for word in (flag, value)]
+    results = predict(args.checkpoint, args.images, flags)
+    for path, classes in zip(args.images, results, strict=True):
+        print(path)
+        for name, probability in classes:
+            print(f"  {probability:6.1%}  {name}")
     try:
-        flags = [word for flag, value in given.items() if value is not None for word in (flag, value)]
-        results = predict(args.checkpoint, args.images, flags)
-        for path, classes in zip(args.images, results, strict=True):
-            print(path)
-            for name, probability in classes:
-                print(f"  {probability:6.1%}  {name}")
-        try:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            plot_classes([decode(path, "RGB") for path in args.images], results, args.out)
-        except OSError as error:
-            raise UserError(f"--out {args.out} cannot be written: {error.strerror or error}") from error
-    except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        plot_classes([decode(path, "RGB") for path in args.images], results, args.out)
+    except (OSError, ValueError) as error:  # ValueError: of a name whose ending is no format
+        raise UserError(f"--out {args.out} cannot be written: {getattr(error, 'strerror', None) or error}") from error
     print(f"drawn in {args.out}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from vim.engine.distributed import choose_context
 from vim.engine.evaluation import evaluate
 from vim.engine.inherited import class_names, continue_flags, load_weights, match_classes
 from vim.engine.reporting import Reporter
-from vim.errors import USER_ERRORS, UserError
+from vim.environment import check_kernels
+from vim.errors import UserError, exit_status
 
 PANEL = 32
 
@@ -40,6 +41,7 @@ def report(output_dir: Path, argv: list[str]) -> list[tuple[str, Path]]:
         raise UserError(f"{path} was not written by this project's training")
     args = continue_flags(checkpoint, ["--eval", "--resume", str(path), *argv])
     context = choose_context(args)
+    check_kernels(context.device.type)
     _, eval_set, num_classes = build_datasets(args)
     columns = match_classes(checkpoint, eval_set, training=False)
     model = build_model(args, num_classes if columns is None else len(class_names(checkpoint)))
@@ -77,22 +79,20 @@ def report(output_dir: Path, argv: list[str]) -> list[tuple[str, Path]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line: 0, or 2 after a user's error."""
+    """Command line; its exit status, see `exit_status`."""
     parser = argparse.ArgumentParser(prog="python -m vim.analysis.report", description=__doc__.splitlines()[0])
     parser.add_argument("output_dir", type=Path, help="folder of a run; flags of main.py may follow")
     known, flags = parser.parse_known_args(argv)
-    output_dir = known.output_dir
-    try:
-        written = report(output_dir, flags)
-    except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    best = max(record["test_acc1"] for record in read_log(output_dir / "log.txt"))
-    last = read_log(output_dir / "log.txt")[-1]
+    return exit_status(lambda: _say(known.output_dir, flags))
+
+
+def _say(output_dir: Path, flags: list[str]) -> None:
+    written = report(output_dir, flags)
+    log = read_log(output_dir / "log.txt")
+    best, last = max(record["test_acc1"] for record in log), log[-1]
     print(f"\ntop-1 {last['test_acc1']:.2f} % on the test images after {last['epoch'] + 1} epochs (best {best:.2f} %)")
     for what, path in written:
         print(f"  {what:<18} {path}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import logging
 import os
 import struct
+import sys
 import tarfile
 import time
 import warnings
@@ -16,6 +17,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
+from vim.environment import number
 from vim.errors import UserError
 from vim.flags import Common, Data
 
@@ -157,7 +159,7 @@ class Samples(Dataset):
 
     def _fill_cache(self) -> None:
         """Decode every image into memory before workers start: they share it, as pages that nobody writes."""
-        limit = free_memory() // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        limit = free_memory() // 2 // number("LOCAL_WORLD_SIZE", 1, 1, 10**6)
         used, begun = 0, time.perf_counter()
         cache: list[np.ndarray | None] = [None] * len(self)
         targets = [LEFT_OUT] * len(self)
@@ -186,9 +188,11 @@ class Samples(Dataset):
 
 
 def free_memory() -> int:
-    """Bytes that can be taken without swapping, or all of the memory where the system does not say."""
+    """Bytes that can be taken without swapping; all of the memory, or no bound, where the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
+        if not hasattr(os, "sysconf"):  # Windows
+            return sys.maxsize
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -90,8 +90,12 @@ def _loader_options(args: Data) -> dict[str, Any]:
 
 
 def _start_worker(max_image_pixels: int, worker: int) -> None:
-    """Bound images in a worker as in its parent, and let the worker die with the parent, even by SIGKILL."""
+    """Bound images in a worker as in its parent, and let the worker die with the parent, even by SIGKILL.
+
+    Ctrl-C, which a terminal sends to all of them, is for the parent: it may need further batches to stop at.
+    """
     limit_pixels(max_image_pixels)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         pr_set_pdeathsig = 1  # of linux/prctl.h
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from vim.models import VisionMamba, extract_state_dict, load_checkpoint, load_into
 from vim.models.pos_embed import resample_pos_embed
+from vim.models.registry import check_tag
 
 _CLASS_TOKEN_NAMES = ("cls_token", "cls_token_head", "cls_token_tail")
 
@@ -55,6 +56,7 @@ class VimBackbone(BaseModule):
         if not timm.is_model(arch) or not arch.startswith("vim_"):
             known = ", ".join(m for m in timm.list_models("vim_*") if "bimambav2" not in m)
             raise ValueError(f"arch is {arch!r}, expected one of {known}")
+        check_tag(arch)
         if class_token not in ("keep", "remove"):
             raise ValueError(f"class_token is {class_token!r}, expected 'keep' or 'remove'")
         if class_token == "remove":

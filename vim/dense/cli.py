@@ -3,7 +3,6 @@
 import argparse
 import logging
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,22 +10,23 @@ from typing import Any
 import torch
 
 from vim.dense.stack import require_stack
-from vim.errors import USER_ERRORS, UserError
+from vim.errors import UserError, exit_status
 
 # Package and registry scope of each task.
 TASKS = {"seg": "mmseg", "det": "mmdet"}
 
 
 def run_main(main: Callable[[list[str] | None], Any], argv: list[str] | None = None) -> int:
-    """Run a command line and return its exit status: 0, or 2 after a user's error, which is printed in one sentence."""
+    """Run a command line and return its exit status, see `exit_status`."""
     from vim.models.checkpoint import CheckpointError
 
-    try:
-        main(argv)
-    except (*USER_ERRORS, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    def command() -> None:
+        try:
+            main(argv)
+        except CheckpointError as error:
+            raise UserError(str(error)) from error
+
+    return exit_status(command)
 
 
 def _parser(description: str) -> argparse.ArgumentParser:

@@ -13,7 +13,7 @@ from torch import nn
 
 from vim.data.images import free_memory
 from vim.engine.distributed import DistributedContext, replicate, shard
-from vim.engine.inherited import load_weights, own_flags, read_weights
+from vim.engine.inherited import known_config, load_weights, own_flags, read_weights
 from vim.engine.losses import Criterion
 from vim.engine.schedules import build_scheduler
 from vim.engine.state import TrainState
@@ -34,7 +34,7 @@ def build_model(args: Model, num_classes: int, name: str = "", options: dict[str
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3) or timm.list_models("vim_*")
         raise UserError(f"there is no model {name!r}: did you mean {', '.join(close)}?")
-    cfg = timm.get_pretrained_cfg(name)
+    cfg = known_config(name)
     # Models of any image size, such as convolutional ones, have no such argument.
     size = {"img_size": args.image_size} if cfg is not None and cfg.fixed_input_size else {}
     clip = {"num_frames": args.num_frames} if args.data_set == "CLIPS" else {}

@@ -9,6 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,8 @@ def _write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         # Where both were links to one file, nothing was renamed.
         temporary.unlink(missing_ok=True)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise
     if not hasattr(os, "O_DIRECTORY"):  # Windows opens no folders
         return
@@ -80,7 +82,8 @@ class CheckpointManager:
         self.folder, self.args, self.context, self.classes = folder, args, context, classes
         if folder is not None and context.is_main:
             for leftover in folder.glob(f".*.pth{_TEMPORARY}"):
-                leftover.unlink(missing_ok=True)
+                with suppress(OSError):
+                    leftover.unlink(missing_ok=True)
         self._steps, self._seconds = parse_interval(args.checkpoint_interval)
         self._saved_at = time.monotonic()
         self._since = 0
@@ -125,7 +128,10 @@ class CheckpointManager:
                 else:
                     _write_atomically(target, lambda temporary: shutil.copyfile(first, temporary))
         except (OSError, RuntimeError) as error:  # RuntimeError: of torch's archive writer, on a full disk
-            reason = getattr(error, "strerror", None) or "the disk is full, or the file too large for it"
+            reason = getattr(error, "strerror", None)
+            if reason is None:
+                gone = not self.folder.is_dir()
+                reason = "its folder is gone" if gone else "the disk is full, or the file too large for it"
             raise UserError(
                 f"{path} cannot be written ({reason}): the checkpoint before it is kept; make room or mend the "
                 "folder, then continue with --resume auto"

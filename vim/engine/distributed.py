@@ -2,8 +2,10 @@
 
 import logging
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -12,10 +14,15 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from vim.environment import number
 from vim.errors import UserError
 from vim.flags import Run
 
 _logger = logging.getLogger("vision_mamba")
+
+_MOST_PROCESSES = 10**6
+# Seconds in which the processes of a run must find each other.
+MEETING_S = 300
 
 
 @dataclass(frozen=True)
@@ -41,8 +48,11 @@ def choose_context(args: Run) -> DistributedContext:
     name = args.device
     if name not in ("cuda", "cpu"):
         raise UserError(f"--device is {name!r}, expected cuda or cpu")
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if "RANK" not in os.environ and (args.distributed or args.world_size > 1):
+    world_size = number("WORLD_SIZE", 1, 1, _MOST_PROCESSES)
+    rank = number("RANK", 0, 0, world_size - 1)
+    local_rank = number("LOCAL_RANK", args.local_rank, 0, _MOST_PROCESSES)
+    number("LOCAL_WORLD_SIZE", 1, 1, _MOST_PROCESSES)
+    if "RANK" not in os.environ and (args.distributed or args.world_size > 1 or world_size > 1):
         raise UserError("several processes need a launcher: start with torchrun --nproc-per-node=N main.py ...")
     if args.world_size not in (1, world_size):
         raise UserError(f"--world_size is {args.world_size} and the launcher started {world_size}: leave the flag out")
@@ -56,13 +66,62 @@ def choose_context(args: Run) -> DistributedContext:
         return DistributedContext(torch.device(name))
     device = torch.device(name)
     if name == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", args.local_rank)))
+        if local_rank >= (gpus := torch.cuda.device_count()):
+            raise UserError(f"process {local_rank} of this node has no GPU, there are {gpus}: start as many processes")
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group(
-            "nccl" if name == "cuda" else "gloo", init_method=args.dist_url, rank=rank, world_size=world_size
-        )
+        _meet("nccl" if name == "cuda" else "gloo", args.dist_url, rank, world_size)
     return DistributedContext(device, rank, world_size)
+
+
+def _meet(backend: str, url: str, rank: int, world_size: int) -> None:
+    """Join the process group; the wait for the others is bounded.
+
+    Raises:
+        UserError: the place to meet is not given, taken by another program, or cannot be reached.
+    """
+    if url == "env://":
+        if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
+            raise UserError(f"{missing[0]} is not set, where {world_size} processes meet: start them with torchrun")
+        number("MASTER_PORT", 0, 1, 65535)
+        place = f"MASTER_ADDR {os.environ['MASTER_ADDR']}, MASTER_PORT {os.environ['MASTER_PORT']}"
+    else:
+        place = f"--dist_url {url}"
+    try:
+        store, rank, world_size = next(dist.rendezvous(url, rank, world_size, timeout=timedelta(seconds=MEETING_S)))
+        # All are there. From now on one may be busy for longer, for instance reading the data set.
+        store.set_timeout(dist.constants.default_pg_timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    # ValueError, RuntimeError: of the address; the others are subclasses of the latter.
+    except (ValueError, RuntimeError, OSError) as error:
+        text = str(error)
+        reason = "another program has the port" if "EADDRINUSE" in text else text.strip().splitlines()[0][:200]
+        raise UserError(
+            f"the {world_size} processes do not meet at {place} ({reason}): check the address, choose a free port, and "
+            f"start all of them within {MEETING_S} s"
+        ) from error
+
+
+def in_main_process(action: Callable[[], None], context: DistributedContext) -> None:
+    """Let the main process do something; where it fails, all processes raise.
+
+    Raises:
+        UserError: of the action.
+    """
+    failed: list[UserError | None] = [None]
+    if context.is_main:
+        try:
+            action()
+        except UserError as error:
+            if context.world_size == 1:
+                raise
+            failed[0] = error
+    if context.world_size > 1:
+        said = [None if failed[0] is None else str(failed[0])]
+        dist.broadcast_object_list(said)
+        if said[0] is not None:
+            raise UserError(said[0]) from failed[0]
 
 
 def sum_over_ranks(values: torch.Tensor, context: DistributedContext) -> torch.Tensor:

@@ -70,6 +70,9 @@ def evaluate(
 
     Returns:
         The figures; None if a stop was requested in any process before the end.
+
+    Raises:
+        UserError: the set has no images.
     """
     model.eval()
     options = model_options(args, model)
@@ -103,6 +106,8 @@ def evaluate(
     sums = sum_over_ranks(sums, context).cpu()
     if sums[4] > 0:
         return None
+    if sums[3] == 0:
+        raise UserError("the evaluation set has no image that can be read: look at --data-path and --eval-split")
     loss, top1, top5 = (sums[:3] / sums[3].clamp(min=1)).tolist()
     seconds = time.perf_counter() - begun
     images = sums[3].item()

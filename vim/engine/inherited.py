@@ -11,6 +11,7 @@ from vim.errors import UserError
 from vim.flags import FACTORY_PREFIXES, Flags, Model
 from vim.models import CheckpointError, extract_state_dict, load_checkpoint, load_into
 from vim.models.checkpoint import stored_grid
+from vim.models.registry import check_tag
 
 _logger = logging.getLogger("vision_mamba")
 
@@ -185,6 +186,19 @@ def _match_head(model: nn.Module, state: dict[str, Any], known: list[str] | None
         )  # fmt: skip
 
 
+def known_config(name: str) -> Any:
+    """timm's configuration of a model that it knows, None where it has none.
+
+    Raises:
+        UserError: the name ends with weights that the model has not.
+    """
+    try:
+        check_tag(name)
+    except ValueError as error:
+        raise UserError(f"--model: {error}, and pass --finetune FILE to load weights") from error
+    return timm.get_pretrained_cfg(name)
+
+
 def head_size(args: Model, checkpoint: dict[str, Any]) -> int:
     """Classes that the weights of a checkpoint tell apart.
 
@@ -193,7 +207,7 @@ def head_size(args: Model, checkpoint: dict[str, Any]) -> int:
     """
     if args.num_classes:
         return args.num_classes
-    cfg = timm.get_pretrained_cfg(args.model) if timm.is_model(args.model) else None
+    cfg = known_config(args.model) if timm.is_model(args.model) else None
     state = extract_state_dict(checkpoint)
     size = next((len(state[name]) for name in _head_names(getattr(cfg, "classifier", None)) if name in state), 0)
     if not size:

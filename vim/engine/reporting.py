@@ -3,9 +3,10 @@
 import json
 import logging
 import math
-import resource
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from vim.data.transforms import normalisation
-from vim.engine.trackers import build_trackers, picture
+from vim.engine.trackers import Tracker, build_trackers, picture
 from vim.flags import Flags
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 _logger = logging.getLogger("vision_mamba")
 
 
 def memory_mib(device: torch.device) -> float:
-    """Largest memory so far in MiB: the tensors' on a GPU, the whole process's on a CPU."""
+    """Largest memory so far in MiB: the tensors' on a GPU, the whole process's on a CPU, 0 on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    if resource is None:
+        return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes there, KiB elsewhere
 
@@ -36,8 +44,35 @@ def to_json(record: dict[str, Any]) -> str:
     return json.dumps(finite, allow_nan=False)
 
 
+class _LogFile(logging.FileHandler):
+    """The lines of `run.log`; says once where they cannot be written, and goes on."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.setFormatter(logging.Formatter("%(asctime)s  %(message)s"))
+        self._failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Of the base class: where a line could not be written."""
+        if not self._failed:
+            self._failed = True
+            _logger.warning("%s cannot be written (%s): the run goes on without it", self.baseFilename, reason_of())
+
+    def close(self) -> None:
+        """Close the file, whose last bytes may not find room."""
+        with suppress(OSError):
+            super().close()
+
+
+def reason_of() -> str:
+    """What the exception at hand says, in one line."""
+    error = sys.exc_info()[1]
+    text = str(getattr(error, "strerror", None) or error or "").strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__
+
+
 class Reporter:
-    """Progress of a run, from the main process only.
+    """Progress of a run, from the main process only. A file or a tracker that fails is said once; the run goes on.
 
     Args:
         output_dir: folder for `log.txt` (JSON lines, one per epoch), `run.log` (plain lines) and the trackers' files;
@@ -50,12 +85,15 @@ class Reporter:
     def __init__(self, output_dir: Path | None, args: Flags, *, enabled: bool, first_step: int = 0) -> None:
         self._enabled, self._every, self._args = enabled, max(1, args.print_every_steps), args
         self._folder = output_dir if enabled else None
+        self._unwritten: set[Path] = set()
         self._trackers = build_trackers(output_dir, args, first_step) if enabled and not args.eval else []
         self._file: logging.FileHandler | None = None
         if self._folder is not None:
-            self._file = logging.FileHandler(self._folder / "run.log")
-            self._file.setFormatter(logging.Formatter("%(asctime)s  %(message)s"))
-            _logger.addHandler(self._file)
+            try:
+                self._file = _LogFile(self._folder / "run.log")
+                _logger.addHandler(self._file)
+            except OSError:
+                self._say_unwritten(self._folder / "run.log")
             if _logger.level == logging.NOTSET:
                 # A caller that set up no logging still gets the file's lines.
                 _logger.setLevel(logging.INFO)
@@ -123,9 +161,24 @@ class Reporter:
             # Beside a live bar, lines go to the file alone.
             self._file.emit(_logger.makeRecord(_logger.name, logging.INFO, "", 0, text, (), None))
 
+    def _say_unwritten(self, path: Path) -> None:
+        if path not in self._unwritten:
+            self._unwritten.add(path)
+            _logger.warning("%s cannot be written (%s): the run goes on without it", path, reason_of())
+
+    def _each_tracker(self, action: Callable[[Tracker], None]) -> None:
+        """Let each tracker do something; one that fails is said and left out from then on."""
+        for tracker in list(self._trackers):
+            try:
+                action(tracker)
+            except Exception:  # of three libraries, their servers and disks: no reason to lose a run
+                self._trackers.remove(tracker)
+                _logger.warning(
+                    "the tracker %s failed (%s): the run goes on without it", type(tracker).__name__, reason_of()
+                )
+
     def _track(self, values: dict[str, float], step: int) -> None:
-        for tracker in self._trackers:
-            tracker.scalars(values, step)
+        self._each_tracker(lambda tracker: tracker.scalars(values, step))
 
     def samples(self, images: torch.Tensor) -> None:
         """Show the run's first training batch (B, C, H, W), as the model gets it, to the trackers; once."""
@@ -133,18 +186,20 @@ class Reporter:
             return
         self._samples_shown = True
         shown = picture(images, *normalisation(self._args.in_chans))
-        for tracker in self._trackers:
-            tracker.image("samples", shown, 0)
+        self._each_tracker(lambda tracker: tracker.image("samples", shown, 0))
 
     def histograms(self, model: nn.Module, epoch: int) -> None:
         """Weights and their last gradients, with `--histograms`."""
         if not self._args.histograms:
             return
-        for tracker in self._trackers:
+
+        def send(tracker: Tracker) -> None:
             for name, parameter in model.named_parameters():
                 tracker.histogram(f"weights/{name}", parameter.detach(), epoch)
                 if parameter.grad is not None:
                     tracker.histogram(f"gradients/{name}", parameter.grad, epoch)
+
+        self._each_tracker(send)
 
     def finish(self) -> None:
         """End the pass that `start` began."""
@@ -162,8 +217,11 @@ class Reporter:
             return
         self._records.append(record)
         if self._folder is not None:
-            with (self._folder / "log.txt").open("a") as file:
-                file.write(to_json(record) + "\n")
+            try:
+                with (self._folder / "log.txt").open("a") as file:
+                    file.write(to_json(record) + "\n")
+            except OSError:
+                self._say_unwritten(self._folder / "log.txt")
         numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
         self._track(numbers, record["epoch"])
         accuracy = ""
@@ -209,8 +267,7 @@ class Reporter:
     def close(self) -> None:
         """End the pass and close the files."""
         self.finish()
-        for tracker in self._trackers:
-            tracker.close()
+        self._each_tracker(lambda tracker: tracker.close())
         if self._file is not None:
             _logger.removeHandler(self._file)
             self._file.close()

@@ -1,17 +1,15 @@
 """From flags to a finished run: build data, model and optimizer, then train or evaluate."""
 
-import importlib
 import logging
 import math
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from causal_conv1d_vim.runtime.backend import forced_backend
 from torch import nn
 
 from vim.data import build_datasets, build_loaders, seed_all
@@ -19,7 +17,7 @@ from vim.engine import checkpoints
 from vim.engine.arguments import notices, parse_args, save_config
 from vim.engine.build import build_criterion, build_model, build_training
 from vim.engine.checkpoints import CheckpointManager
-from vim.engine.distributed import DistributedContext, choose_context, count_bad_images
+from vim.engine.distributed import DistributedContext, choose_context, count_bad_images, in_main_process
 from vim.engine.evaluation import PerClass, evaluate, read_class_index
 from vim.engine.inherited import (
     check_model_options,
@@ -30,12 +28,14 @@ from vim.engine.inherited import (
     match_classes,
     read_weights,
 )
+from vim.engine.lock import locked
 from vim.engine.losses import Criterion
 from vim.engine.pretraining import build_pretraining, evaluate_pretraining, pretraining_criterion
 from vim.engine.reporting import Reporter, to_json
 from vim.engine.state import TrainState
 from vim.engine.training import train_one_epoch
-from vim.errors import USER_ERRORS, UserError
+from vim.environment import check_kernels
+from vim.errors import UserError, exit_status
 from vim.flags import Flags, Optimisation
 from vim.models.checkpoint import has_ema
 
@@ -57,25 +57,13 @@ def set_up_logging() -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of `main.py`: 0, or 2 after a user's error, said in one sentence."""
+    """Entry point of `main.py`: its exit status, see `exit_status`."""
     set_up_logging()
     try:
-        run(argv)
-    except USER_ERRORS as error:
-        # A loader's worker passes its error on with its traceback before it.
-        print(f"error: {str(error).rsplit('UserError: ', 1)[-1].strip()}", file=sys.stderr)
-        return 2
+        return exit_status(lambda: run(argv))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    return 0
-
-
-def _check_environment(context: DistributedContext) -> None:
-    """Raise what the operators would, but before there is any output."""
-    forced_backend()
-    if context.device.type == "cpu":
-        importlib.import_module("mamba_ssm_vim.cpu_library")
 
 
 def run(argv: list[str] | None = None) -> dict[str, float]:
@@ -89,7 +77,7 @@ def run(argv: list[str] | None = None) -> dict[str, float]:
     context = choose_context(args)
     if not context.is_main:
         _logger.setLevel(logging.ERROR)
-    _check_environment(context)
+    check_kernels(context.device.type)
     checkpoint = checkpoints.read(args.resume, args.output_dir) if args.resume else None
     own = checkpoint is not None and checkpoints.is_own(checkpoint)
     if own:
@@ -134,15 +122,15 @@ def run(argv: list[str] | None = None) -> dict[str, float]:
         _logger.warning("the checkpoint holds no run of this project: its weights are loaded, the run starts afresh")
     for notice in notices(args, len(train_loader)):
         _logger.warning(notice)
-    output_dir = _output_dir(args, context)
-    done = state.epoch * len(train_loader) + state.step
-    reporter = Reporter(output_dir, args, enabled=context.is_main, first_step=done)
-    try:
-        with _stopping_on_signals(state):
-            manager = CheckpointManager(output_dir, args, context, getattr(train_set, "classes", None))
-            return _train(state, train_loader, eval_loader, criterion, args, context, reporter, manager)
-    finally:
-        reporter.close()
+    with _output_dir(args, context) as output_dir:
+        done = state.epoch * len(train_loader) + state.step
+        reporter = Reporter(output_dir, args, enabled=context.is_main, first_step=done)
+        try:
+            with _stopping_on_signals(state):
+                manager = CheckpointManager(output_dir, args, context, getattr(train_set, "classes", None))
+                return _train(state, train_loader, eval_loader, criterion, args, context, reporter, manager)
+        finally:
+            reporter.close()
 
 
 def _evaluated_classes(
@@ -163,10 +151,17 @@ def _evaluated_classes(
 
 @contextmanager
 def _stopping_on_signals(state: TrainState) -> Iterator[None]:
-    """Inside, Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 (of submitit) ask the run to save and stop."""
-    before = {
-        signum: signal.signal(signum, lambda *_: setattr(state, "stop_requested", True)) for signum in _STOP_SIGNALS
-    }
+    """Inside, Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 (of submitit) ask the run to save and stop.
+
+    A second Ctrl-C stops it where it is.
+    """
+
+    def stop(signum: int, _: Any) -> None:
+        if signum == signal.SIGINT and state.stop_requested:
+            raise KeyboardInterrupt
+        state.stop_requested = True
+
+    before = {signum: signal.signal(signum, stop) for signum in _STOP_SIGNALS}
     try:
         yield
     finally:
@@ -174,18 +169,30 @@ def _stopping_on_signals(state: TrainState) -> Iterator[None]:
             signal.signal(signum, handler)
 
 
-def _output_dir(args: Flags, context: DistributedContext) -> Path | None:
+@contextmanager
+def _output_dir(args: Flags, context: DistributedContext) -> Iterator[Path | None]:
+    """The run's folder, which is made, locked by the main process, and holds the flags.
+
+    Raises:
+        UserError: it cannot be written, or another run writes into it; in all processes alike.
+    """
     if not args.output_dir:
         _logger.warning("no --output-dir: nothing of this run will be kept")
-        return None
+        yield None
+        return
     path = Path(args.output_dir)
-    if context.is_main:
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            save_config(args, path / "config.yaml")
-        except OSError as error:
-            raise UserError(f"--output-dir {path} cannot be written: {error.strerror}") from error
-    return path
+    with ExitStack() as stack:
+
+        def prepare() -> None:
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(path))
+                save_config(args, path / "config.yaml")
+            except OSError as error:
+                raise UserError(f"--output-dir {path} cannot be written: {error.strerror}") from error
+
+        in_main_process(prepare, context)
+        yield path
 
 
 def _train(

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import logging
 import os
 from pathlib import Path
 from typing import Protocol
@@ -12,6 +13,8 @@ from torchvision.utils import make_grid
 
 from vim.errors import UserError
 from vim.flags import Run
+
+_logger = logging.getLogger("vision_mamba")
 
 
 class Tracker(Protocol):
@@ -141,7 +144,16 @@ def build_trackers(folder: Path | None, args: Run, first_step: int) -> list[Trac
     kinds = {"tensorboard": TensorBoard, "wandb": Wandb, "mlflow": Mlflow}
     if folder is None:
         return []
-    return [kinds[name](folder, args, first_step) for name in dict.fromkeys(args.trackers) if name != "none"]
+    trackers = []
+    for name in dict.fromkeys(args.trackers):
+        if name == "none":
+            continue
+        try:
+            trackers.append(kinds[name](folder, args, first_step))
+        except Exception as error:  # of three libraries, their servers and disks: no reason to lose a run
+            said = str(error).strip().splitlines() or [type(error).__name__]
+            _logger.warning("the tracker %s does not start (%s): the run goes on without it", name, said[0][:200])
+    return trackers
 
 
 def picture(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...], count: int = 16) -> torch.Tensor:

@@ -6,7 +6,13 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    get_arch_pretrained_cfgs,
+    register_model,
+    resolve_pretrained_cfg,
+)
 
 from vim.models.checkpoint import (
     CheckpointError,
@@ -261,3 +267,16 @@ def _published_name(short: str, suffix: str) -> None:
 
 for _short, (_suffix, _) in _TAGGED.items():
     _published_name(_short, _suffix)
+
+
+def check_tag(name: str) -> None:
+    """Refuse a registered model's name with weights behind a point that it has not.
+
+    Raises:
+        ValueError: see above; the message names those it has.
+    """
+    architecture, _, tag = name.partition(".")
+    known = list(get_arch_pretrained_cfgs(architecture))
+    if tag and name not in known:
+        has = f"has {', '.join(known)}" if known else "has no weights with a name"
+        raise ValueError(f"there is no model {name}: {architecture} {has}; leave out .{tag}")

@@ -1,0 +1,81 @@
+"""One run at a time in a folder: an advisory lock, which the system releases with the process, however it ends."""
+
+import errno
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from vim.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_logger = logging.getLogger("vision_mamba")
+
+NAME = ".lock"
+_HELD = (errno.EACCES, errno.EAGAIN)
+
+
+@contextmanager
+def locked(folder: Path | None) -> Iterator[None]:
+    """Inside, no other process holds the folder's lock; None needs none.
+
+    The lock is POSIX's, of the process: loader processes do not inherit it, and file servers pass it on to other hosts.
+    Where the file system has no locks, a warning says so.
+
+    Raises:
+        UserError: another process holds it, or the file cannot be written.
+    """
+    descriptor = None if folder is None else _take(folder / NAME)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            # While it is held: who waits with the removed file open finds that it is no longer the folder's.
+            with suppress(OSError):
+                (folder / NAME).unlink(missing_ok=True)
+            os.close(descriptor)
+
+
+def _take(path: Path) -> int | None:
+    if fcntl is None:
+        return None
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise UserError(f"--output-dir {path.parent} cannot be written: {error.strerror}") from error
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not _is(path, descriptor):
+                os.close(descriptor)
+                continue
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        except OSError as error:
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace") if error.errno in _HELD else ""
+            os.close(descriptor)
+            if error.errno in _HELD:
+                raise UserError(
+                    f"another run ({holder or 'which has just begun'}) writes into --output-dir {path.parent}: wait "
+                    f"for its end, or give this one another folder; if its machine is gone, remove {path}"
+                ) from error
+            _logger.warning(
+                "%s cannot be locked (%s): see to it that no other run writes into it", path.parent, error.strerror
+            )
+            path.unlink(missing_ok=True)
+            return None
+        return descriptor
+
+
+def _is(path: Path, descriptor: int) -> bool:
+    """Whether the path still names the open file."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
