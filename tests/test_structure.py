@@ -112,6 +112,13 @@ def test_packages_depend_in_one_direction(package):
             assert tops <= allowed, f"{module} imports {tops - allowed}"
 
 
+def test_tests_follow_the_packages():
+    for folder, forbidden in (("causal-conv1d", {"mamba_ssm_vim", "vim"}), ("mamba-1p1p1", {"vim"})):
+        for path in (ROOT / folder / "tests").rglob("*.py"):
+            tops = {name.split(".")[0] for name in imported(path.stem, path, everywhere=True)}
+            assert not tops & forbidden, path
+
+
 def test_versions_agree():
     version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.M)[1]
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()

@@ -54,16 +54,6 @@ def test_small_rectangle(golden_weights, tmp_path: Path) -> None:
     check(filled(model, golden_weights), tmp_path / "vim.onnx")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("options", [
-    {"bimamba_type": "v1", "rms_norm": False},
-    {"if_cls_token": False, "if_rope": True, "if_rope_residual": True, "init_layer_scale": 0.1},
-], ids=["v1-layernorm", "rope-layerscale"])  # fmt: skip
-def test_ablations(options: dict, golden_weights, tmp_path: Path) -> None:
-    model = timm.create_model("vim_nano_patch4_32", depth=2, img_size=16, **options)
-    check(filled(model, golden_weights), tmp_path / "vim.onnx")
-
-
 @pytest.mark.parametrize("options", [
     {}, {"img_size": (16, 24)}, {"bimamba_type": "v1", "rms_norm": False},
     {"bimamba_type": "none", "if_cls_token": False, "if_rope": True},

@@ -102,7 +102,8 @@ def test_operators(name, dynamo, tmp_path):
 
 @exporters
 @pytest.mark.parametrize("options", [
-    {}, {"bimamba_type": "v1", "rms_norm": False}, {"if_cls_token": False, "if_rope": True, "init_layer_scale": 0.1},
+    {}, {"bimamba_type": "v1", "rms_norm": False},
+    {"if_cls_token": False, "if_rope": True, "if_rope_residual": True, "init_layer_scale": 0.1},
 ], ids=["v2", "v1-layernorm", "rope"])  # fmt: skip
 def test_timm_exports_models(options, dynamo, golden_weights, tmp_path):
     """What timm's onnx_export.py calls, for a model that it has created by name; any batch afterwards."""

@@ -4,7 +4,12 @@ import pytest
 import torch
 from causal_conv1d_vim.conv import cuda, reference
 from causal_conv1d_vim.conv.reference import ConvGradients
+from closeness import assert_close
 from cuda_testing import CONV_SOURCES, emulate, spills
+
+# Relative to the largest entry: sums of at most a few hundred float32 terms, in another order, and one rounding of the
+# result to its dtype (2^-9, 2^-12).
+LIMIT = {torch.float32: 2e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
 @pytest.fixture(scope="module")
@@ -13,14 +18,6 @@ def emulated(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         emulate(cuda.library, CONV_SOURCES, tmp_path_factory.mktemp("cuda"), patch)
         yield cuda
-
-
-def close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
-    # Sums of at most a few hundred float32 terms, in another order: 1e-5 of the tensor's scale. One rounding to the
-    # output's type comes on top: 2^-8 relative for bfloat16, 2^-11 for float16.
-    rtol = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype] * 2
-    scale = expected.abs().max().item()
-    torch.testing.assert_close(actual.double(), expected.double(), rtol=rtol, atol=1e-5 * scale + 1e-7)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -41,17 +38,18 @@ def test_matches_reference(emulated, batch, seqlen, dim, width, dtype, reverse):
     dout = torch.randn(batch, seqlen, dim).to(dtype)
     flags = {"silu": True, "reverse": reverse}
     wide = [t.double() for t in (x, weight, bias, state)]
-    close(emulated.forward(x, weight, bias, state, **flags), reference.forward(*wide, **flags), dtype)
+    assert_close(emulated.forward(x, weight, bias, state, **flags), reference.forward(*wide, **flags), LIMIT[dtype])
     grads = emulated.backward(dout, x, weight, bias, state, **flags)
     for actual, expected in zip(grads, reference.backward(dout.double(), *wide, **flags), strict=True):
-        close(actual, expected, actual.dtype)
+        assert_close(actual, expected, LIMIT[actual.dtype])
 
 
 def test_no_bias_no_state_no_activation(emulated):
     torch.manual_seed(1)
     x, weight = torch.randn(1, 5, 4), torch.randn(4, 4)
     flags = {"silu": False, "reverse": False}
-    close(emulated.forward(x, weight, None, None, **flags), reference.forward(x, weight, None, None, **flags), x.dtype)
+    expected = reference.forward(x, weight, None, None, **flags)
+    assert_close(emulated.forward(x, weight, None, None, **flags), expected, LIMIT[x.dtype])
     grads = emulated.backward(x, x, weight, None, None, **flags)
     assert grads[2] is None
     assert grads[3] is None
@@ -63,7 +61,7 @@ def test_gradient_is_added_where_asked(emulated):
     flags = {"silu": True, "reverse": True}
     alone = emulated.backward(x, x, weight, None, None, **flags)[0]
     added = emulated.backward(x, x, weight, None, None, **flags, out=ConvGradients(x=onto.clone()), accumulate=True).x
-    close(added, onto + alone, x.dtype)
+    assert_close(added, onto + alone, LIMIT[x.dtype])
 
 
 def test_thread_order_does_not_matter(emulated, monkeypatch):
@@ -86,7 +84,7 @@ def test_thread_order_does_not_matter(emulated, monkeypatch):
         (1, 33, 6, 2, torch.float16),
     ],
 )
-def test_both_ways_in_one_launch(emulated, batch, seqlen, dim, width, dtype):
+def test_both_directions_in_one_launch(emulated, batch, seqlen, dim, width, dtype):
     torch.manual_seed(4)
     x = torch.randn(batch, seqlen, 2 * dim).to(dtype)[..., dim:]
     weights, biases = [torch.randn(dim, width) for _ in range(2)], [torch.randn(dim), None]
@@ -98,17 +96,17 @@ def test_both_ways_in_one_launch(emulated, batch, seqlen, dim, width, dtype):
     for direction in range(2):
         flags = {"silu": True, "reverse": direction == 1}
         wide = [None if t is None else t.double() for t in (x, weights[direction], biases[direction], None)]
-        close(out[direction], reference.forward(*wide, **flags), dtype)
+        assert_close(out[direction], reference.forward(*wide, **flags), LIMIT[dtype])
         part, dweight, dbias, _ = reference.backward(douts[direction].double(), *wide, **flags)
         total = total + part
-        close(dweights[direction], dweight, torch.float32)
+        assert_close(dweights[direction], dweight, LIMIT[torch.float32])
         assert (dbiases[direction] is None) == (dbias is None)
         if dbias is not None:
-            close(dbiases[direction], dbias, torch.float32)
-    close(dx, total, dtype)
+            assert_close(dbiases[direction], dbias, LIMIT[torch.float32])
+    assert_close(dx, total, LIMIT[dtype])
 
 
-def test_both_ways_take_filters_alike(emulated):
+def test_both_directions_take_filters_alike(emulated):
     x = torch.zeros(1, 2, 3)
     with pytest.raises(ValueError, match="two alike"):
         emulated.forward_pair(x, [torch.zeros(3, 4), torch.zeros(3, 2)], [None, None])

@@ -174,56 +174,9 @@ def mamba_inner_fn_no_out_proj(
     ).transpose(1, 2)  # fmt: skip
 
 
-def mamba_inner_ref(
-    xz: torch.Tensor,
-    conv1d_weight: torch.Tensor,
-    conv1d_bias: _Optional,
-    x_proj_weight: torch.Tensor,
-    delta_proj_weight: torch.Tensor,
-    out_proj_weight: torch.Tensor,
-    out_proj_bias: _Optional,
-    A: torch.Tensor,
-    B: _Optional = None,
-    C: _Optional = None,
-    D: _Optional = None,
-    delta_bias: _Optional = None,
-    B_proj_bias: _Optional = None,
-    C_proj_bias: _Optional = None,
-    delta_softplus: bool = True,
-) -> torch.Tensor:
-    """The same as `mamba_inner_fn`: the published reference, too, is the operators one after another.
-
-    The reference of those is what `use_backend("reference")` runs.
-    """
-    return mamba_inner_fn(
-        xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight, out_proj_bias, A, B, C, D,
-        delta_bias, B_proj_bias, C_proj_bias, delta_softplus,
-    )  # fmt: skip
-
-
-def bimamba_inner_ref(
-    xz: torch.Tensor,
-    conv1d_weight: torch.Tensor,
-    conv1d_bias: _Optional,
-    x_proj_weight: torch.Tensor,
-    delta_proj_weight: torch.Tensor,
-    out_proj_weight: torch.Tensor,
-    out_proj_bias: _Optional,
-    A: torch.Tensor,
-    A_b: torch.Tensor,
-    B: _Optional = None,
-    C: _Optional = None,
-    D: _Optional = None,
-    delta_bias: _Optional = None,
-    B_proj_bias: _Optional = None,
-    C_proj_bias: _Optional = None,
-    delta_softplus: bool = True,
-) -> torch.Tensor:
-    """The same as `bimamba_inner_fn`; see `mamba_inner_ref`."""
-    return bimamba_inner_fn(
-        xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight, out_proj_bias, A, A_b, B, C,
-        D, delta_bias, B_proj_bias, C_proj_bias, delta_softplus,
-    )  # fmt: skip
+# The published references, too, are the operators one after another, whose own reference is `use_backend("reference")`.
+mamba_inner_ref = mamba_inner_fn
+bimamba_inner_ref = bimamba_inner_fn
 
 
 class SelectiveScanFn:

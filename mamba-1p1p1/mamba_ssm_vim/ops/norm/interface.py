@@ -91,53 +91,44 @@ def rms_norm_fn(
     )  # fmt: skip
 
 
-def layer_norm_ref(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: _Optional,
-    residual: _Optional = None,
-    x1: _Optional = None,
-    weight1: _Optional = None,
-    bias1: _Optional = None,
-    eps: float = 1e-6,
-    dropout_p: float = 0.0,
-    rowscale: _Optional = None,
-    prenorm: bool = False,
-    dropout_mask: _Optional = None,
-    dropout_mask1: _Optional = None,
-    upcast: bool = False,
-) -> _Outputs:
-    """`layer_norm_fn` in plain PyTorch, with given dropout masks or new ones.
+def _reference(name: str, rms: bool):
+    """A published reference, whose signature both norms share."""
+
+    def ref(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: _Optional,
+        residual: _Optional = None,
+        x1: _Optional = None,
+        weight1: _Optional = None,
+        bias1: _Optional = None,
+        eps: float = 1e-6,
+        dropout_p: float = 0.0,
+        rowscale: _Optional = None,
+        prenorm: bool = False,
+        dropout_mask: _Optional = None,
+        dropout_mask1: _Optional = None,
+        upcast: bool = False,
+    ) -> _Outputs:
+        drawn, drawn1 = _draw_masks(x, x1, dropout_p)
+        dtype = torch.promote_types(x.dtype, torch.float32) if upcast else x.dtype
+        outputs = _norms(
+            add_norm_ref, x, weight, bias, residual, x1, weight1, bias1, eps, dropout_p, rowscale, prenorm,
+            drawn if dropout_mask is None else dropout_mask, drawn1 if dropout_mask1 is None else dropout_mask1, dtype,
+            rms,
+        )  # fmt: skip
+        return outputs if len(outputs) > 1 else outputs[0]
+
+    ref.__name__ = ref.__qualname__ = name
+    ref.__doc__ = f"""`{name.removesuffix("ref")}fn` in plain PyTorch, with given dropout masks or new ones.
 
     The total that `prenorm` returns is float32 if `upcast`, else in x's dtype; the arithmetic is float32 either way.
     """
-    return _ref(
-        x, weight, bias, residual, x1, weight1, bias1, eps, dropout_p, rowscale, prenorm, dropout_mask, dropout_mask1,
-        upcast, rms=False,
-    )  # fmt: skip
+    return ref
 
 
-def rms_norm_ref(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: _Optional,
-    residual: _Optional = None,
-    x1: _Optional = None,
-    weight1: _Optional = None,
-    bias1: _Optional = None,
-    eps: float = 1e-6,
-    dropout_p: float = 0.0,
-    rowscale: _Optional = None,
-    prenorm: bool = False,
-    dropout_mask: _Optional = None,
-    dropout_mask1: _Optional = None,
-    upcast: bool = False,
-) -> _Outputs:
-    """`rms_norm_fn` in plain PyTorch; see `layer_norm_ref`."""
-    return _ref(
-        x, weight, bias, residual, x1, weight1, bias1, eps, dropout_p, rowscale, prenorm, dropout_mask, dropout_mask1,
-        upcast, rms=True,
-    )  # fmt: skip
+layer_norm_ref = _reference("layer_norm_ref", rms=False)
+rms_norm_ref = _reference("rms_norm_ref", rms=True)
 
 
 class RMSNorm(nn.Module):
@@ -194,18 +185,6 @@ def _draw_masks(x: torch.Tensor, x1: _Optional, dropout_p: float) -> tuple[_Opti
     return tuple(
         None if t is None else torch.rand(t.shape, dtype=torch.float32, device=t.device) >= dropout_p for t in (x, x1)
     )
-
-
-def _ref(
-    x, weight, bias, residual, x1, weight1, bias1, eps, dropout_p, rowscale, prenorm, mask, mask1, upcast, *, rms
-) -> _Outputs:
-    drawn, drawn1 = _draw_masks(x, x1, dropout_p)
-    dtype = torch.promote_types(x.dtype, torch.float32) if upcast else x.dtype
-    outputs = _norms(
-        add_norm_ref, x, weight, bias, residual, x1, weight1, bias1, eps, dropout_p, rowscale, prenorm,
-        drawn if mask is None else mask, drawn1 if mask1 is None else mask1, dtype, rms,
-    )  # fmt: skip
-    return outputs if len(outputs) > 1 else outputs[0]
 
 
 def _norms(

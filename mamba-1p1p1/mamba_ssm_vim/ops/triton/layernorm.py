@@ -24,36 +24,29 @@ class LayerNormFn:
     apply = staticmethod(layer_norm_fn)
 
 
-def layer_norm_ref(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None = None,
-    eps: float = 1e-6,
-    prenorm: bool = False,
-    upcast: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """`layer_norm_fn` in plain PyTorch: y, and with `prenorm` the sum, in float32 if `upcast`, else in x's dtype.
+def _reference(name: str, rms: bool):
+    """A published reference, whose signature both norms share."""
 
-    The arithmetic is float32 either way.
+    def ref(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        residual: torch.Tensor | None = None,
+        eps: float = 1e-6,
+        prenorm: bool = False,
+        upcast: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        dtype = torch.promote_types(x.dtype, torch.float32) if upcast else x.dtype
+        y, total = add_norm_ref(x, residual, weight, bias, eps=eps, rms=rms, residual_dtype=dtype)
+        return (y, total) if prenorm else y
+
+    ref.__name__ = ref.__qualname__ = name
+    ref.__doc__ = f"""`{name.removesuffix("ref")}fn` in plain PyTorch: y, and with `prenorm` the sum.
+
+    The sum is float32 if `upcast`, else in x's dtype; the arithmetic is float32 either way.
     """
-    return _ref(x, weight, bias, residual, eps, prenorm, upcast, rms=False)
+    return ref
 
 
-def rms_norm_ref(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None = None,
-    eps: float = 1e-6,
-    prenorm: bool = False,
-    upcast: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """`rms_norm_fn` in plain PyTorch; see `layer_norm_ref`."""
-    return _ref(x, weight, bias, residual, eps, prenorm, upcast, rms=True)
-
-
-def _ref(x, weight, bias, residual, eps, prenorm, upcast, *, rms):
-    dtype = torch.promote_types(x.dtype, torch.float32) if upcast else x.dtype
-    y, total = add_norm_ref(x, residual, weight, bias, eps=eps, rms=rms, residual_dtype=dtype)
-    return (y, total) if prenorm else y
+layer_norm_ref = _reference("layer_norm_ref", rms=False)
+rms_norm_ref = _reference("rms_norm_ref", rms=True)

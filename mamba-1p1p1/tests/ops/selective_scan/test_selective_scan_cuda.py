@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from closeness import assert_close
 from cuda_testing import MAMBA_SOURCES, emulate, spills
 from mamba_ssm_vim.ops.selective_scan import cuda, reference
 
@@ -19,20 +20,17 @@ SPILL_LIMIT = {
 SPILL_LIMIT_SM_100 = {**SPILL_LIMIT, "scan_backward.cu": 576}
 
 
+# Relative to the largest entry: float32 sums of up to a few hundred terms in another order, and one rounding of the
+# result to its dtype (2^-9, 2^-12).
+LIMIT = {torch.float32: 2e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
     """The backend module, its library compiled for the CPU."""
     with pytest.MonkeyPatch.context() as patch:
         emulate(cuda.library, MAMBA_SOURCES, tmp_path_factory.mktemp("cuda"), patch)
         yield cuda
-
-
-def close(actual: torch.Tensor, expected: torch.Tensor, roundings: int = 1) -> None:
-    # float32 sums of up to a few hundred terms in another order: 2e-5 of the tensor's scale.
-    # On top come `roundings` to the tensor's own type: half of 2^-7 for bfloat16, of 2^-10 for float16.
-    rtol = {torch.float32: 2e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}[actual.dtype] * 1.01 * roundings
-    scale = expected.abs().max().item()
-    torch.testing.assert_close(actual.double(), expected.double(), rtol=rtol, atol=2e-5 * scale + 1e-7)
 
 
 def inputs(batch, seqlen, dim, dstate, groups, dtype, *, plain=False):
@@ -58,7 +56,7 @@ CASES = [
     (1, 5, 3, 8, 1, torch.float32, True),  # fewer tokens than a tile, fewer states than a thread's
     (2, 33, 24, 16, 2, torch.bfloat16, True),
     (1, 32, 9, 5, 1, torch.float16, False),
-    (2, 37, 64, 16, 1, torch.float32, True),  # channels by the 32: tiles by asynchronous copies
+    (2, 37, 64, 16, 1, torch.float32, True),  # channels in multiples of 32: tiles by asynchronous copies
     (1, 51, 32, 16, 1, torch.bfloat16, False),
     (1, 33, 64, 16, 2, torch.float16, True),
     (1, 40, 20, 24, 1, torch.float32, False),  # a channel over two lanes forward, eight backward
@@ -74,14 +72,14 @@ def test_matches_reference(emulated, batch, seqlen, dim, dstate, groups, dtype, 
     expected, expected_last, _ = reference.forward(*wide(tensors), **flags, out=onto.double(), accumulate=True)
     out, last, saved = emulated.forward(*tensors, **flags, out=onto, accumulate=True, save=True)
     assert out is onto
-    close(out, expected)
-    close(last, expected_last)
+    assert_close(out, expected, LIMIT[out.dtype])
+    assert_close(last, expected_last, LIMIT[last.dtype])
     dout, dlast = torch.randn(batch, seqlen, dim).to(dtype), torch.randn(batch, dim, dstate)
     grads = emulated.backward(dout, dlast, *tensors, saved, **flags)
     exact = reference.backward(*wide([dout, dlast, *tensors]), [], **flags)
     for name, gradient in grads._asdict().items():
         # The gate's gradient starts from the ungated sum, which the forward scan rounds.
-        close(gradient, getattr(exact, name), roundings=2 if name == "z" else 1)
+        assert_close(gradient, getattr(exact, name), LIMIT[gradient.dtype] * (2 if name == "z" else 1))
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -91,14 +89,14 @@ def test_without_optional_inputs(emulated, reverse):
     tensors[1] = tensors[1].abs()  # without softplus the step itself must be positive for the state to decay
     out, last, saved = emulated.forward(*tensors, **flags, save=True)
     expected, expected_last, _ = reference.forward(*wide(tensors), **flags)
-    close(out, expected)
-    close(last, expected_last)
+    assert_close(out, expected, LIMIT[out.dtype])
+    assert_close(last, expected_last, LIMIT[last.dtype])
     grads = emulated.backward(out, None, *tensors, saved, **flags)
     exact = reference.backward(out.double(), None, *wide(tensors), [], **flags)
     assert [g is None for g in grads] == [g is None for g in exact]
     for actual, expected in zip(grads, exact, strict=True):
         if actual is not None:
-            close(actual, expected)
+            assert_close(actual, expected, LIMIT[actual.dtype])
 
 
 @pytest.mark.parametrize("dim", [20, 32])
@@ -111,13 +109,13 @@ def test_long_sequences_are_cut_in_time(emulated, reverse, dim, monkeypatch):
     monkeypatch.setattr(emulated, "chunk_tiles", lambda *sizes: 2)
     monkeypatch.setattr(emulated, "backward_chunk_tiles", lambda *sizes: 3)
     out, last, saved = emulated.forward(*tensors, **flags, save=True)
-    close(out, expected)
-    close(last, expected_last)
-    close(saved[0], whole[2][0])
+    assert_close(out, expected, LIMIT[out.dtype])
+    assert_close(last, expected_last, LIMIT[last.dtype])
+    assert_close(saved[0], whole[2][0], LIMIT[saved[0].dtype])
     dout, dlast = torch.randn(1, 100, dim), torch.randn(1, dim, 16)
     exact = reference.backward(*wide([dout, dlast, *tensors]), [], **flags)
     for gradient, expected in zip(emulated.backward(dout, dlast, *tensors, saved, **flags), exact, strict=True):
-        close(gradient, expected)
+        assert_close(gradient, expected, LIMIT[gradient.dtype])
 
 
 def test_both_directions_in_one_launch(emulated):
@@ -160,16 +158,10 @@ def check_two_directions(module, *, seqlen, dim, dtype, cut):
         exact_dz = exact_dz + exact.z
         for name, gradient in found._asdict().items():
             if gradient is not None:
-                close(gradient, getattr(exact, name))
-    if dtype == torch.float32:
-        close(out, expected)
-        close(dz, exact_dz)
-    else:
-        # The first direction's sum is rounded on its way through memory, 2^-8 of it, besides the last rounding; the
-        # ungated sum is rounded once more for the gate's gradient.
-        scale, exact_scale = expected.abs().max().item(), exact_dz.abs().max().item()
-        torch.testing.assert_close(out.double(), expected, rtol=2**-7, atol=2**-8 * scale)
-        torch.testing.assert_close(dz.double(), exact_dz, rtol=2**-6, atol=2**-7 * exact_scale)
+                assert_close(gradient, getattr(exact, name), LIMIT[gradient.dtype])
+    # The first direction is rounded on its way through memory, the ungated sum once more for the gate's gradient.
+    assert_close(out, expected, 2 * LIMIT[dtype])
+    assert_close(dz, exact_dz, 3 * LIMIT[dtype])
 
 
 def gradients_of(direction) -> reference.ScanGradients:
@@ -198,7 +190,7 @@ def test_mixed_types_run_in_float32(emulated):
     out, _, saved = emulated.forward(*tensors, delta_softplus=True, reverse=False, save=True)
     expected, _, _ = reference.forward(*wide(tensors), delta_softplus=True, reverse=False)
     assert out.dtype == torch.bfloat16
-    close(out, expected)
+    assert_close(out, expected, LIMIT[out.dtype])
     grads = emulated.backward(out, None, *tensors, saved, delta_softplus=True, reverse=False)
     assert [g.dtype for g in grads[:2]] == [torch.bfloat16, torch.float32]
 

@@ -15,7 +15,7 @@ from mamba_ssm_vim import Direction, add_norm, bimamba_inner, selective_scan
 from mamba_ssm_vim.ops.norm import cpu as norm
 from mamba_ssm_vim.ops.selective_scan import cpu as scan
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 PASSES = ("forward", "backward")
 KERNELS = [
