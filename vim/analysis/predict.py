@@ -7,34 +7,16 @@ import argparse
 import sys
 from pathlib import Path
 
-import timm
 import torch
-from timm.data import ImageNetInfo
 
+from vim.analysis.opening import open_model
 from vim.analysis.plots import plot_classes
-from vim.data.images import decode, limit_pixels
-from vim.data.transforms import build_transform
-from vim.engine import checkpoints
-from vim.engine.arguments import parse_args
-from vim.engine.build import build_model
-from vim.engine.distributed import choose_context
-from vim.engine.inherited import class_names, continue_flags, head_size, known_config, load_weights
+from vim.data.images import decode
 from vim.engine.run import set_up_logging
 from vim.engine.training import autocast
-from vim.environment import check_kernels
 from vim.errors import UserError, exit_status
 
 TOP = 5
-
-
-def _names(checkpoint: dict, num_classes: int) -> list[str]:
-    """The checkpoint's own class names, ImageNet's for a thousand classes, or numbers."""
-    if known := class_names(checkpoint):
-        return known
-    if num_classes == 1000:
-        info = ImageNetInfo()
-        return [info.index_to_description(k).split(",")[0] for k in range(1000)]
-    return [f"class {k}" for k in range(num_classes)]
 
 
 @torch.no_grad()
@@ -49,34 +31,17 @@ def predict(checkpoint: Path, images: list[Path], argv: list[str]) -> list[list[
     Raises:
         UserError: a file that cannot be read, or weights of another model.
     """
-    content = checkpoints.read(str(checkpoint), "")
-    argv = ["--eval", "--resume", str(checkpoint), *argv]
-    if checkpoints.is_own(content):
-        args = continue_flags(content, argv)
-    else:
-        # Published files keep the flags of their run.
-        named = argv[argv.index("--model") + 1] if "--model" in argv else getattr(content.get("args"), "model", None)
-        if named is None:
-            raise UserError(f"{checkpoint} does not name its model: pass --model")
-        size = known_config(named).input_size if timm.is_model(str(named)) else (3, 224, 224)
-        args = parse_args(argv, {"model": str(named), "in_chans": size[0], "input_size": size[-1]})
-    context = choose_context(args)
-    check_kernels(context.device.type)
-    num_classes = head_size(args, content)
-    model = build_model(args, num_classes)
-    load_weights(model, content)
-    model.to(context.device).eval()
-    transform, names = build_transform(False, args), _names(content, num_classes)
-    limit_pixels(args.max_image_pixels)
+    opened = open_model(checkpoint, argv)
+    args, model = opened.args, opened.model
     results = []
     for path in images:
-        picture = transform(decode(path, "L" if args.in_chans == 1 else "RGB"))
-        with autocast(args, context):
-            logits = model(picture[None].to(context.device))
-        values, classes = logits.float().softmax(1)[0].topk(min(TOP, num_classes))
+        picture = opened.read(path)
+        with autocast(args, opened.context):
+            logits = model(picture[None])
+        values, classes = logits.float().softmax(1)[0].topk(min(TOP, len(opened.classes)))
         if not values.isfinite().all():
             raise UserError(f"the model's outputs for {path} are not finite, so its weights are of no use")
-        results.append([(names[k], p) for k, p in zip(classes.tolist(), values.tolist(), strict=True)])
+        results.append([(opened.classes[k], p) for k, p in zip(classes.tolist(), values.tolist(), strict=True)])
     return results
 
 
