@@ -114,6 +114,8 @@ def test_not_used_where_it_would_do_something_else(monkeypatch):
         return found
 
     assert reason() is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert reason() == "autocast or another mode of torch is on"
     with use_backend("reference"):
         assert reason() == "backend 'reference' is forced"
     for module in (model, model.backbone, model.backbone.layers[1], model.backbone.layers[1].mixer, model.lm_head):
@@ -123,10 +125,21 @@ def test_not_used_where_it_would_do_something_else(monkeypatch):
     model.backbone.layers[1].mixer.out_proj = torch.nn.Sequential(model.backbone.layers[1].mixer.out_proj)
     assert reason() == "layer 1: it has parts that must be called"
     model = build(SIZES["even"])
-    assert why_not(model, InferenceParams(9, 2)) == "the cache is empty: run the model on the prompt first"
-    assert "more than 16 sequences" in why_not(model, start(model, MOST_SEQUENCES + 1)[1])
+    assert why_not(model, InferenceParams(9, 2)) == "layer 0: it has no states: run the model on the prompt first"
+    small = build(SIZES["small"])
+    mixed = build(SIZES["even"])
+    mixed.backbone.layers[1] = small.backbone.layers[1]
+    assert why_not(mixed, cache).startswith("layer 1: in_proj has another shape")
+    assert why_not(model, start(small, 2)[1]) == "layer 0: its states have other shapes"
+    other = start(model, 2)[1]
+    other.key_value_memory_dict[1] = start(model, 3)[1].key_value_memory_dict[1]
+    assert why_not(model, other) == "layer 1: its states have other shapes"
+    model.backbone.layers[0].mixer.x_proj.bfloat16()
+    assert why_not(model, cache).startswith("layer 0: x_proj has another shape, dtype")
+    model = build(SIZES["even"])
+    assert "more than 64 sequences" in why_not(model, start(model, MOST_SEQUENCES + 1)[1])
     halves = InferenceParams(9, 2, key_value_memory_dict=model.allocate_inference_cache(2, 9, torch.bfloat16))
-    assert why_not(model, halves) == "the states are torch.bfloat16 and torch.bfloat16"
+    assert why_not(model, halves) == "layer 0: its states are torch.bfloat16 and torch.bfloat16"
     assert why_not(model.double(), cache) == "torch.float64 is none of float32, bfloat16, float16"
 
 
