@@ -1,9 +1,9 @@
 """Vision Mamba on a GPU in one command: how fast are the kernels, and how fast are the models.
 
-    python benchmarks/gpu.py [--only kernels,mixer,models,sweep] [--quick] [--out gpu-results]
+    python benchmarks/gpu.py [--only kernels,mixer,models] [--quick] [--out gpu-results]
     TRITON_INTERPRET=1 python benchmarks/gpu.py --tiny        # on a CPU, to see that everything runs
 
-Writes results.csv (after every section) and sweep.png, and ends with a table. Times are medians of CUDA events; kernels
+Writes results.csv (after every section), and ends with a table. Times are medians of CUDA events; kernels
 and small batches are replayed from CUDA graphs. The floor of a kernel is the larger of its bytes over the bandwidth of
 a large copy and its special-function operations (exp2, log2, reciprocal) over their measured rate. A section that fails
 says so and the others go on, and the exit status is 1. `pytest -m gpu` checks the same kernels' results.
@@ -31,9 +31,8 @@ from mamba_ssm_vim.ops.mixer import mixer
 from mamba_ssm_vim.ops.norm import backends as norm_backends
 from mamba_ssm_vim.ops.selective_scan import backends as scan_backends
 
-SECTIONS = ("kernels", "mixer", "models", "sweep")
+SECTIONS = ("kernels", "mixer", "models")
 COLUMNS = ("section", "what", "backend", "dtype", "batch", "size", "ms", "images_s", "peak_gb", "of_floor", "note")
-RESOLUTIONS = (512, 640, 738, 1024, 1248)
 
 
 class Bench:
@@ -259,17 +258,13 @@ def mixers(bench: Bench) -> None:
                 bench.add("mixer", "mixer forward and backward", **common, ms=seconds * 1e3)
 
 
-def make_model(bench: Bench, name: str, resolution: int, *, plain_attention: bool = False) -> torch.nn.Module:
+def make_model(bench: Bench, name: str, resolution: int) -> torch.nn.Module:
     import timm
 
     import vim.models  # noqa: F401 - registers the models
 
     torch.manual_seed(0)
-    model = timm.create_model(name, img_size=resolution).to(bench.device)
-    if plain_attention:
-        for block in model.blocks:
-            block.attn.fused_attn = False
-    return model
+    return timm.create_model(name, img_size=resolution).to(bench.device)
 
 
 def run_model(
@@ -335,48 +330,6 @@ def models(bench: Bench) -> None:
         del model
 
 
-def sweep(bench: Bench) -> None:
-    """Vim-Ti against DeiT-Ti by resolution, as in figure 1 of arXiv 2401.09417."""
-    tiny = bench.options.tiny
-    sizes = (64, 96) if tiny else RESOLUTIONS[:: 2 if bench.options.quick else 1]
-    batch = 1 if tiny else bench.options.sweep_batch
-    dtype = torch.float32 if tiny else torch.bfloat16
-    vim_name = "vim_nano_patch4_32" if tiny else "vim_tiny_patch16_224"
-    for size in sizes:
-        for label, name, plain in (
-            ("Vim-Ti", vim_name, False),
-            ("DeiT-Ti, SDPA", "deit_tiny_patch16_224", False),
-            ("DeiT-Ti, plain attention", "deit_tiny_patch16_224", True),
-        ):
-            if not bench.spare():
-                return
-            model = make_model(bench, name, 32 if tiny and name == vim_name else size, plain_attention=plain)
-            run_model(bench, "sweep", label, model, batch, 32 if tiny and name == vim_name else size, dtype)
-            del model
-    draw(bench, batch)
-
-
-def draw(bench: Bench, batch: int) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (speed, memory) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for label in dict.fromkeys(row["what"] for row in bench.rows if row["section"] == "sweep"):
-        rows = [r for r in bench.rows if r["section"] == "sweep" and r["what"] == label and r.get("ms")]
-        speed.plot([r["size"] for r in rows], [r["images_s"] for r in rows], marker="o", label=label)
-        if bench.gpu:
-            memory.plot([r["size"] for r in rows], [r["peak_gb"] for r in rows], marker="o", label=label)
-    speed.set(xlabel="resolution (pixels)", ylabel="images per second", yscale="log")
-    memory.set(xlabel="resolution (pixels)", ylabel="peak memory (GB)")
-    speed.legend()
-    device = torch.cuda.get_device_name() if bench.gpu else "CPU"
-    figure.suptitle(f"Inference on {device}, batch {batch}")
-    figure.savefig(bench.options.out / "sweep.png", dpi=150)
-    pyplot.close(figure)
-
-
 def write(bench: Bench) -> None:
     with open(bench.options.out / "results.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=COLUMNS)
@@ -403,9 +356,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default=",".join(SECTIONS), help=f"sections, of {', '.join(SECTIONS)}")
     parser.add_argument("--quick", action="store_true", help="fewer shapes, dtypes and resolutions")
     parser.add_argument("--tiny", action="store_true", help="sizes for a CPU with TRITON_INTERPRET=1")
-    parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder for results.csv and sweep.png")
+    parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder for results.csv")
     parser.add_argument("--seconds", type=float, default=330, help="start nothing new after this time")
-    parser.add_argument("--sweep-batch", type=int, default=32, help="images per batch of the sweep")
     options = parser.parse_args(argv)
     wanted = options.only.split(",")
     if unknown := set(wanted) - set(SECTIONS):
@@ -418,7 +370,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.backends.cudnn.benchmark = True  # the patch convolution, of Vim and DeiT alike
     triton_runtime.interpreting()
     describe(bench)
-    for name, section in zip(SECTIONS, (kernels, mixers, models, sweep), strict=True):
+    for name, section in zip(SECTIONS, (kernels, mixers, models), strict=True):
         if name not in wanted or not bench.spare():
             continue
         print(f"{name}: {section.__doc__}", flush=True)

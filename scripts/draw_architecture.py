@@ -1,6 +1,6 @@
-"""Draw the pictures of docs/architecture.md: python scripts/draw_architecture.py [FOLDER]
+"""Draw the pictures of README.md and docs/architecture.md: python scripts/draw_architecture.py [FOLDER]
 
-Writes architecture-{packages,image,gradient}.svg and .png to FOLDER, by default assets/.
+Writes architecture-{model,packages,image,gradient}.svg and .png to FOLDER, by default assets/.
 """
 
 import sys
@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.patches import FancyBboxPatch
+from matplotlib.patches import FancyBboxPatch, Rectangle
 
 mpl.use("Agg")
 # The same file from the same script: no date, no random ids.
@@ -68,6 +68,78 @@ def legend(axes: Axes, x: float, y: float, entries: list[tuple[str, str]]) -> No
     for k, (colour, text) in enumerate(entries):
         box(axes, x, y + 0.3 * k, "", colour, width=0.3, height=0.2)
         note(axes, x + 0.25, y + 0.3 * k, text)
+
+
+def tokens(axes: Axes, y: float, colours: list[str], labels: list[str]) -> list[float]:
+    """A row of square tokens on the page's left part; gives their places."""
+    places = [0.75 + 0.38 * k for k in range(len(colours))]
+    for x, colour, label in zip(places, colours, labels, strict=True):
+        axes.add_patch(Rectangle((x - 0.17, y - 0.17), 0.34, 0.34, facecolor=colour, edgecolor="#6b7280"))
+        axes.text(x, y, label, ha="center", va="center", fontsize=8)
+    return places
+
+
+def model() -> Axes:
+    """The model as papers draw it: patches, the class token in their middle, a block with both directions."""
+    axes = canvas(10.0, 5.6)
+    shades = [plt.get_cmap("viridis")(0.15 + 0.09 * k, alpha=0.55) for k in range(9)]
+    note(axes, 1.1, 0.3, "image in patches", "center")
+    for k, shade in enumerate(shades):
+        corner = (0.5 + 0.42 * (k % 3), 0.5 + 0.42 * (k // 3))
+        axes.add_patch(Rectangle(corner, 0.38, 0.38, facecolor=shade, edgecolor="white"))
+        axes.text(corner[0] + 0.19, corner[1] + 0.19, str(k + 1), ha="center", va="center", fontsize=8)
+    box(axes, 3.6, 1.1, "patch embedding:\nlinear projection", TORCH, width=1.9, height=0.6)
+    arrow(axes, (1.85, 1.1), (2.68, 1.1))
+    colours = [*shades[:4], "#fca5a5", *shades[4:]]
+    labels = ["1", "2", "3", "4", "cls", "5", "6", "7", "8", "9"]
+    arrow(axes, (3.6, 1.4), (3.6, 2.0))
+    note(axes, 0.56, 1.98, "class token in the middle, + position embedding")
+    places = tokens(axes, 2.4, colours, labels)
+    middle = places[4]
+    box(axes, middle, 3.3, "Vim block, L times", KERNEL, width=3.6)
+    arrow(axes, (middle, 2.6), (middle, 3.05))
+    arrow(axes, (middle, 3.55), (middle, 3.95))
+    tokens(axes, 4.2, colours, labels)
+    box(axes, middle, 5.1, "norm, linear head: class scores", TORCH, width=3.0)
+    arrow(axes, (middle, 4.4), (middle, 4.85), "class token only")
+    axes.plot([middle + 1.78, 5.75], [3.1, 0.45], color="#9ca3af", linestyle=":")
+    axes.plot([middle + 1.78, 5.75], [3.5, 5.4], color="#9ca3af", linestyle=":")
+    block(axes)
+    return axes
+
+
+def block(axes: Axes) -> None:
+    """The right half of the picture of the model."""
+    frame = {"boxstyle": "round,pad=0.05", "facecolor": "none", "edgecolor": "#9ca3af", "linestyle": ":"}
+    axes.add_patch(FancyBboxPatch((5.75, 0.45), 4.0, 4.95, **frame))
+    note(axes, 7.75, 0.25, "Vim block", "center")
+    arrow(axes, (7.6, 0.5), (7.6, 0.75))
+    box(axes, 7.6, 0.95, "norm", KERNEL, width=1.2, height=0.4)
+    for x, name in ((6.9, "linear: x"), (8.6, "linear: z")):
+        box(axes, x, 1.6, name, TORCH, width=1.2, height=0.4)
+        arrow(axes, (7.6, 1.15), (x, 1.4))
+    for x, conv, scan in ((6.4, "conv 1d →", "SSM →"), (7.7, "← conv 1d", "← SSM")):
+        arrow(axes, (6.9, 1.8), (x, 2.1))
+        box(axes, x, 2.3, conv, KERNEL, width=1.15, height=0.4)
+        arrow(axes, (x, 2.5), (x, 2.8))
+        box(axes, x, 3.0, scan, KERNEL, width=1.15, height=0.4)
+        arrow(axes, (x, 3.2), (x, 3.55))
+        axes.text(x, 3.68, "×", ha="center", va="center", fontsize=13)
+        arrow(axes, (x, 3.8), (7.05 + 0.12 * (1 if x > 7 else -1), 4.12))
+    box(axes, 8.8, 2.3, "SiLU", TORCH, width=1.0, height=0.4)
+    arrow(axes, (8.8, 1.8), (8.8, 2.1))
+    axes.plot([8.8, 8.8], [2.5, 3.68], color="#374151", lw=1)
+    arrow(axes, (8.8, 3.68), (7.85, 3.68))
+    arrow(axes, (7.55, 3.68), (6.55, 3.68))
+    axes.text(7.05, 4.22, "+", ha="center", va="center", fontsize=13)
+    arrow(axes, (7.05, 4.32), (7.05, 4.55))
+    box(axes, 7.05, 4.75, "linear", TORCH, width=1.2, height=0.4)
+    arrow(axes, (7.65, 4.75), (9.25, 4.75))
+    axes.text(9.4, 4.75, "+", ha="center", va="center", fontsize=13)
+    axes.plot([7.6, 9.4, 9.4], [0.55, 0.55, 4.5], color="#374151", lw=1)
+    arrow(axes, (9.4, 4.4), (9.4, 4.62))
+    arrow(axes, (9.4, 4.88), (9.4, 5.25))
+    note(axes, 9.3, 2.9, "residual", "right")
 
 
 def packages() -> Axes:
@@ -183,7 +255,7 @@ def gradient() -> Axes:
 
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for draw in (packages, image, gradient):
+    for draw in (model, packages, image, gradient):
         figure = draw().figure
         figure.savefig(folder / f"architecture-{draw.__name__}.svg", metadata={"Date": None})
         figure.savefig(folder / f"architecture-{draw.__name__}.png", dpi=110, metadata={"Software": None})

@@ -58,7 +58,7 @@ def test_quoted_messages_are_in_the_sources():
 def test_pictures_of_the_architecture_are_those_of_the_script(tmp_path):
     script = ROOT / "scripts" / "draw_architecture.py"
     subprocess.run([sys.executable, script, tmp_path], check=True, timeout=120)
-    for name in ("packages", "image", "gradient"):
+    for name in ("model", "packages", "image", "gradient"):
         words = [
             re.findall(r">([^<>\n]+)</text>", (folder / f"architecture-{name}.svg").read_text())
             for folder in (tmp_path, ROOT / "assets")

@@ -34,11 +34,10 @@ def test_measures_kernels(tmp_path):
 
 
 @pytest.mark.slow
-def test_measures_models_and_draws(tmp_path):
-    result = run(tmp_path, "--tiny", "--only", "mixer,models,sweep", TRITON_INTERPRET="1")
+def test_measures_models(tmp_path):
+    result = run(tmp_path, "--tiny", "--only", "mixer,models", TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert {row["section"] for row in rows(tmp_path)} == {"mixer", "models", "sweep"}
-    assert (tmp_path / "sweep.png").stat().st_size > 0
+    assert {row["section"] for row in rows(tmp_path)} == {"mixer", "models"}
 
 
 def test_refuses_a_machine_without_a_gpu(tmp_path):
