@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from causal_conv1d_vim.conv import backends as conv_backends
 from causal_conv1d_vim.runtime import triton as triton_runtime
 from causal_conv1d_vim.runtime.backend import use_backend
-from gpu_kernels import N, available, directions, mixer_step, scan_inputs, short
+from gpu_kernels import N, available, make_directions, mixer_step, scan_inputs, short
 from mamba_ssm_vim.ops.mixer import mixer
 from mamba_ssm_vim.ops.norm import backends as norm_backends
 from mamba_ssm_vim.ops.selective_scan import backends as scan_backends
@@ -241,7 +241,7 @@ def mixers(bench: Bench) -> None:
         dtype = torch.bfloat16
         xz = torch.randn(batch, seqlen, 2 * dim, device=bench.device).to(dtype).requires_grad_()
         dout = torch.randn(batch, seqlen, dim, device=bench.device).to(dtype)
-        ways = directions(bench.device, dim, rank)
+        directions = make_directions(bench.device, dim, rank)
         probe = scan_inputs(bench.device, 1, 2, 4, N, 1, dtype)
         for backend, _ in available(scan_backends, probe[0], *probe[2:5]):
             if not bench.spare():
@@ -249,12 +249,12 @@ def mixers(bench: Bench) -> None:
             with use_backend(backend):
                 cells = batch * seqlen * dim
                 with torch.no_grad():
-                    seconds = bench.time(functools.partial(mixer, xz, ways, scale=0.5), graph=True)
+                    seconds = bench.time(functools.partial(mixer, xz, directions, scale=0.5), graph=True)
                 floor = bench.floor(3 * cells * dtype.itemsize, 40 * cells)
                 common = {"backend": backend, "dtype": short(dtype), "batch": batch, "size": name}
                 share = None if floor is None else floor / seconds
                 bench.add("mixer", "mixer forward", **common, ms=seconds * 1e3, of_floor=share)
-                seconds = bench.time(functools.partial(mixer_step, xz, ways, dout), graph=True, repeats=3)
+                seconds = bench.time(functools.partial(mixer_step, xz, directions, dout), graph=True, repeats=3)
                 bench.add("mixer", "mixer forward and backward", **common, ms=seconds * 1e3)
 
 

@@ -51,29 +51,29 @@ def scan_inputs(device, batch, seqlen, dim, dstate, groups, dtype):
     return [u, delta, A, B, C, D, z, bias, torch.randn(batch, dim, dstate, device=device)]
 
 
-def directions(device, dim: int, rank: int, v1: bool = False) -> list[Direction]:
+def make_directions(device, dim: int, rank: int, v1: bool = False) -> list[Direction]:
     def normal(*shape: int) -> torch.Tensor:
         return 0.2 * torch.randn(shape, device=device)
 
-    poles = -torch.arange(1.0, N + 1, device=device).repeat(dim, 1)
+    A = -torch.arange(1.0, N + 1, device=device).repeat(dim, 1)
     made = [
         Direction(
-            normal(dim, 4), normal(dim), normal(rank + 2 * N, dim), normal(dim, rank), normal(dim) - 4, poles.clone(),
-            normal(dim), reverse=reverse, A_back=1.5 * poles if v1 else None,
+            normal(dim, 4), normal(dim), normal(rank + 2 * N, dim), normal(dim, rank), normal(dim) - 4, A.clone(),
+            normal(dim), reverse=reverse, A_back=1.5 * A if v1 else None,
         )
         for reverse in ((False,) if v1 else (False, True))
     ]  # fmt: skip
-    for way in made:
-        for tensor in vars(way).values():
+    for direction in made:
+        for tensor in vars(direction).values():
             if isinstance(tensor, torch.Tensor):
                 tensor.requires_grad_()
     return made
 
 
-def mixer_step(xz: torch.Tensor, ways: list[Direction], dout: torch.Tensor) -> list[torch.Tensor]:
+def mixer_step(xz: torch.Tensor, directions: list[Direction], dout: torch.Tensor) -> list[torch.Tensor]:
     """Output of the mixer, then the gradients of xz and of every parameter."""
-    leaves = [xz, *(t for way in ways for t in vars(way).values() if isinstance(t, torch.Tensor))]
-    out = mixer(xz, ways, scale=0.5)
+    leaves = [xz, *(t for direction in directions for t in vars(direction).values() if isinstance(t, torch.Tensor))]
+    out = mixer(xz, directions, scale=0.5)
     return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
 
 
@@ -93,9 +93,9 @@ def run_once(device: str, size: str, dtype: torch.dtype) -> None:
         conv = conv_backends.module("cuda")
         conv.backward(conv.forward(x, weight, bias, None, silu=True, reverse=reverse), x, weight, bias, None,
                       silu=True, reverse=reverse)  # fmt: skip
-    xz, ways = rounded(device, dtype, batch, seqlen, 2 * dim), directions(device, dim, 12)
-    out, kept = cuda_mixer.forward(xz, ways, scale=0.5, save=True)
-    cuda_mixer.backward(out, xz, ways, kept, scale=0.5)
+    xz, directions = rounded(device, dtype, batch, seqlen, 2 * dim), make_directions(device, dim, 12)
+    out, kept = cuda_mixer.forward(xz, directions, scale=0.5, save=True)
+    cuda_mixer.backward(out, xz, directions, kept, scale=0.5)
 
 
 def main() -> None:

@@ -49,7 +49,7 @@ def webdataset(tmp_path):
 
 def webdataset_flags(folder, *argv):
     return (
-        "--data-set", "wds/made-up", "--data-path", folder, "--num-classes", 3, "--eval-crop-ratio", 1.0,
+        "--data-set", "wds/synthetic", "--data-path", folder, "--num-classes", 3, "--eval-crop-ratio", 1.0,
         "--aa", "none", "--reprob", 0, "--color-jitter", 0, *argv,
     )  # fmt: skip
 
@@ -136,12 +136,12 @@ def test_webdataset_with_bad_images(parsed, webdataset, caplog):
 
 @pytest.fixture
 def parquet(tmp_path, monkeypatch):
-    """A local Hugging Face data set "made-up" of Parquet files with the images of the shards above."""
+    """A local Hugging Face data set "synthetic" of Parquet files with the images of the shards above."""
     import datasets
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "made-up").mkdir()
+    (tmp_path / "synthetic").mkdir()
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
     splits, files = [], []
     for split, count in (("train", 24), ("validation", 13)):
@@ -151,12 +151,12 @@ def parquet(tmp_path, monkeypatch):
                 "image": [{"bytes": jpeg(10 * k), "path": None} for k in chosen], "label": [k % 3 for k in chosen]
             }  # fmt: skip
             rows = datasets.Dataset.from_dict(content, features=features)
-            rows.to_parquet(tmp_path / "made-up" / f"{split}-{shard}.parquet")
+            rows.to_parquet(tmp_path / "synthetic" / f"{split}-{shard}.parquet")
         splits.append({"name": split, "num_examples": count, "num_bytes": 1})
         files.append({"split": split, "path": f"{split}-*"})
     # The number of samples must be known beforehand; data sets on the hub say it in their card, in YAML or JSON.
     info = {"dataset_info": {"splits": splits}, "configs": [{"config_name": "default", "data_files": files}]}
-    (tmp_path / "made-up" / "README.md").write_text(f"---\n{json.dumps(info)}\n---\n")
+    (tmp_path / "synthetic" / "README.md").write_text(f"---\n{json.dumps(info)}\n---\n")
     return tmp_path
 
 
@@ -166,7 +166,7 @@ def parquet(tmp_path, monkeypatch):
 def test_hugging_face_stream(parsed, parquet, workers, world_size):
     """Evaluation reads every sample once over all ranks and workers; training resumes inside an epoch."""
     flags = (
-        "--data-set", "hfids/made-up", "--data-path", parquet / "cache", "--num-classes", 3, "--num_workers", workers,
+        "--data-set", "hfids/synthetic", "--data-path", parquet / "cache", "--num-classes", 3, "--num_workers", workers,
         "--eval-crop-ratio", 1.0, "--no-train-mode",
     )  # fmt: skip
     seen, labels = [], []

@@ -147,7 +147,7 @@ def test_bad_arguments_are_named(kwargs, message):
 def test_a_checkpoint_of_another_width_is_refused():
     from vim.models import CheckpointError
 
-    with pytest.raises(CheckpointError, match="of another model"):
+    with pytest.raises(CheckpointError, match="does not fit this"):
         build(depth=6, embed_dim=32).load_classifier(classifier().state_dict())
 
 

@@ -106,7 +106,7 @@ def test_config_of_the_other_task():
 def test_backbone_checkpoint_of_another_width(train, shapes, published):
     from vim.models import CheckpointError
 
-    with pytest.raises(CheckpointError, match="of another model"):
+    with pytest.raises(CheckpointError, match="does not fit this"):
         train(SEG, "--data-root", shapes, "--finetune", published("vim_tiny_patch16_224"))
 
 

@@ -145,7 +145,7 @@ def test_wandb(tree, tmp_path, monkeypatch):
     import wandb
 
     monkeypatch.setenv("WANDB_MODE", "offline")
-    train(tree, tmp_path / "run", "--trackers", "wandb", "--project", "made-up", "--histograms", "--epochs", 1)
+    train(tree, tmp_path / "run", "--trackers", "wandb", "--project", "synthetic", "--histograms", "--epochs", 1)
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
     assert wandb.run is None
 
@@ -155,11 +155,11 @@ def test_mlflow(tree, tmp_path, monkeypatch):
     import mlflow
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    flags = ("--trackers", "mlflow", "--project", "made-up", "--histograms")
+    flags = ("--trackers", "mlflow", "--project", "synthetic", "--histograms")
     train(tree, tmp_path / "run", *flags, "--epochs", 1)
     train(tree, tmp_path / "run", *flags, "--epochs", 2, "--resume", "auto")
     client = mlflow.MlflowClient((tmp_path / "run" / "mlruns").as_uri())
-    experiment = client.get_experiment_by_name("made-up")
+    experiment = client.get_experiment_by_name("synthetic")
     (found,) = client.search_runs([experiment.experiment_id])
     assert found.data.params["model"] == "vim_nano_patch4_32"
     history = client.get_metric_history(found.info.run_id, "test_acc1")

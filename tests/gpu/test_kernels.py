@@ -13,7 +13,7 @@ from causal_conv1d_vim.conv import backends as conv_backends
 from causal_conv1d_vim.conv import reference as conv_reference
 from causal_conv1d_vim.runtime.backend import use_backend
 from closeness import assert_close
-from gpu_kernels import DTYPES, N, directions, mixer_step, rounded, scan_inputs
+from gpu_kernels import DTYPES, N, make_directions, mixer_step, rounded, scan_inputs
 from mamba_ssm_vim.ops.mixer.op import backends as mixer_backends
 from mamba_ssm_vim.ops.norm import add_norm_ref
 from mamba_ssm_vim.ops.norm import backends as norm_backends
@@ -158,7 +158,7 @@ def test_norm(backend, device, shape, dtype, rms):
 def test_mixer(backend, device, shape, dtype, v1):
     """Against the reference backend, since projections round to the type between the kernels of either."""
     batch, seqlen, dim = shape
-    both = directions(device, dim, 12, v1)
+    both = make_directions(device, dim, 12, v1)
     xz = torch.randn(batch, seqlen, 2 * dim, device=device).to(dtype).requires_grad_()
     dout = torch.randn(batch, seqlen, dim, device=device).to(dtype)
     module_for(backend, mixer_backends, xz, both)

@@ -224,7 +224,7 @@ def test_missing_and_unexpected_are_listed(nano, fresh, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "vision_mamba"):
         assert load_into(fresh, state, strict=False) == ["layers.0.mixer.D_b", "surplus.weight"]
     assert "surplus.weight" in caplog.text
-    with pytest.raises(CheckpointError, match="another model"):
+    with pytest.raises(CheckpointError, match="does not fit this"):
         load_into(timm.create_model(NANO, embed_dim=32), nano.state_dict())
 
 

@@ -110,7 +110,7 @@ def flop_terms(model: VisionMamba) -> dict[str, int]:
     tokens = patches + model.num_prefix_tokens
     inner, states, rank = mixer.d_inner, mixer.d_state, mixer.dt_rank
     area = model.patch_embed.patch_size[0] * model.patch_embed.patch_size[1]
-    # "v1" scans one convolved input both ways.
+    # "v1" scans one convolved input in both directions.
     scans = depth * (1 if mixer.bimamba_type == "none" else 2)
     per_direction = depth * (2 if mixer.bimamba_type == "v2" else 1)
     heads = tokens if model.global_pool in ("", "max") else 1

@@ -1,6 +1,6 @@
-"""The classes of pictures: `python -m vim.analysis.predict --checkpoint FILE IMAGE...`.
+"""Classify images: `python -m vim.analysis.predict --checkpoint FILE IMAGE...`.
 
-Prints the five likeliest classes of each picture and draws them beside it.
+Prints the five most likely classes of each image, and draws them beside it.
 """
 
 import argparse
@@ -21,11 +21,11 @@ TOP = 5
 
 @torch.no_grad()
 def predict(checkpoint: Path, images: list[Path], argv: list[str]) -> list[list[tuple[str, float]]]:
-    """The likeliest classes of pictures, each as pairs (name, probability), likeliest first.
+    """The most likely classes of images, each as pairs (name, probability), the most likely first.
 
     Args:
         checkpoint: a file of `main.py`, or another program's with `--model` in `argv`.
-        images: pictures.
+        images: files.
         argv: flags of `main.py` beside `--eval` and `--resume`.
 
     Raises:
@@ -50,10 +50,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m vim.analysis.predict", description=__doc__.splitlines()[0])
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
     parser.add_argument("--checkpoint", type=Path, required=True, help="of main.py, or another one with --model")
-    parser.add_argument("--out", type=Path, default=Path("predictions.png"), help="picture to write")
+    parser.add_argument("--out", type=Path, default=Path("predictions.png"), help="image to write")
     parser.add_argument("--model", help="name of the model, where the checkpoint does not say it")
     parser.add_argument("--device", help="cuda or cpu")
-    parser.add_argument("--max-image-pixels", help="pictures of more pixels are refused")
+    parser.add_argument("--max-image-pixels", help="images of more pixels are refused")
     args = parser.parse_args(argv)
     set_up_logging()
     return exit_status(lambda: _say_and_draw(args))

@@ -1,4 +1,4 @@
-"""Clips: a folder per class of video files, animated images, or folders of frames; frames sampled, one transform."""
+"""Clips: a folder per class of video files, animated images, or folders of frames, whose frames are sampled."""
 
 import re
 from collections import Counter
@@ -24,7 +24,7 @@ _FRAMES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 
 
 def frame_indices(length: int, count: int, at_random: bool) -> list[int]:
-    """`count` frames of a clip of `length`, one from each of as many equal segments: its middle, or a random one.
+    """`count` frames of a clip of `length`, one from each of `count` equal segments: the middle one, or a random one.
 
     A clip shorter than that repeats frames.
     """
@@ -82,7 +82,7 @@ class ClipFiles(Dataset):
 
     def _read_video(self, path: Path) -> list[Image.Image]:
         try:
-            from torchcodec.decoders import VideoDecoder  # here: an optional dependency, which needs FFmpeg's libraries
+            from torchcodec.decoders import VideoDecoder  # an optional dependency, which needs FFmpeg's libraries
         except (ImportError, RuntimeError, OSError) as error:
             raise UserError(
                 f"{path} is a video, which torchcodec and FFmpeg read: pip install torchcodec and install ffmpeg, or "
@@ -103,7 +103,7 @@ def _frames_of(folder: Path) -> list[Path]:
 
 
 def clip_folder(root: Path, mode: str, num_frames: int, at_random: bool) -> tuple[ClipFiles, Counter[str]]:
-    """A folder with one sub-folder of clips per class, and the endings of the files that are not read.
+    """A folder with one sub-folder of clips per class, and the suffixes of files that are not read.
 
     Raises:
         UserError: the folder is missing or empty, or a class has no clips (named).
@@ -137,7 +137,7 @@ def clip_transform(is_train: bool, args: Augmentation) -> Callable[[list[Image.I
     number of operations of `--aa`, or colour jitter without it, and random erasing. Evaluation as for images.
 
     Raises:
-        UserError: an augmentation that is for single images.
+        UserError: an augmentation that works on single images only.
     """
     if not isinstance(args.input_size, int):
         raise UserError(f"--input-size of clips is one side, not {args.input_size}")

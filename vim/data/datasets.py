@@ -1,4 +1,4 @@
-"""Data sets by name: ImageNet-style folders, CIFAR, iNaturalist, Fashion-MNIST, and whatever timm's factory reads."""
+"""Data sets by name: ImageNet-style folders, CIFAR, iNaturalist, Fashion-MNIST, and those of timm's factory."""
 
 import json
 import logging
@@ -61,7 +61,7 @@ def _files_below(folder: Path) -> Iterator[Path]:
 
     def walk() -> Iterator[tuple[str, list[str]]]:
         for directory, folders, files in os.walk(folder, followlinks=True):
-            # A link to a folder above it would be followed for ever.
+            # A link to a parent folder would be followed for ever.
             folders[:] = [
                 name for name in folders
                 if not name.startswith(".") and not (
@@ -76,7 +76,7 @@ def _files_below(folder: Path) -> Iterator[Path]:
 
 
 def image_folder(root: Path, mode: str = "RGB") -> ImageFiles:
-    """A folder with one sub-folder of images per class, as PIL images; names that begin with "." are passed over.
+    """A folder with one sub-folder of images per class, as PIL images; names that begin with "." are skipped.
 
     Raises:
         UserError: the folder is missing or empty, or a class has no images (named).
@@ -113,7 +113,7 @@ def inaturalist(root: Path, *, train: bool, year: int, category: str, mode: str)
     """iNaturalist 2018 or 2019, labelled at one level of its taxonomy (`{train,val}{year}.json`, `categories.json`).
 
     Raises:
-        UserError: a file is missing, or has another form.
+        UserError: a file is missing or malformed.
     """
     annotations = root / f"{'train' if train else 'val'}{year}.json"
     try:
@@ -149,7 +149,7 @@ class _Grey(Dataset):
 
 
 class ReaderImages(Dataset):
-    """PIL images of one of timm's indexed readers; timm's own class of this kind passes bad images over by itself."""
+    """PIL images of one of timm's indexed readers; unlike timm's own class, it does not skip bad images."""
 
     def __init__(self, reader: Any, mode: str) -> None:
         self.reader, self.mode = reader, mode
@@ -170,7 +170,7 @@ class ReaderImages(Dataset):
 
 
 def _from_timm(name: str, root: Path, is_train: bool, args: Data, mode: str) -> Any:
-    """timm's reader behind a prefix: an indexed data set of PIL images, or timm's own stream.
+    """What timm's reader of a prefix gives: an indexed data set of PIL images, or timm's own stream.
 
     Raises:
         UserError: the library it needs is missing, or it cannot read the data.
@@ -182,7 +182,7 @@ def _from_timm(name: str, root: Path, is_train: bool, args: Data, mode: str) -> 
         if not path.is_file():
             raise UserError(f"{path} is missing: --data-set tar/ reads {split}.tar, see --train-split and --eval-split")
         try:
-            # An open file would be shared between workers, and with it the place it is read at.
+            # An open file, and its position, would be shared between workers.
             return ReaderImages(ReaderImageInTar(str(path), cache_tarfiles=False), mode)
         except (OSError, EOFError, ValueError, tarfile.TarError) as error:
             raise UserError(
@@ -196,7 +196,7 @@ def _from_timm(name: str, root: Path, is_train: bool, args: Data, mode: str) -> 
         )  # fmt: skip
     except ImportError as error:
         raise UserError(f"--data-set {name} needs {_NEEDS[prefix]}: pip install {_NEEDS[prefix]}") from error
-    except Exception as error:  # of four libraries, each with types of its own
+    except Exception as error:  # four libraries, each with its own types
         if "install" in str(error):
             raise UserError(f"--data-set {name} needs {_NEEDS[prefix]}: pip install {_NEEDS[prefix]}") from error
         raise UserError(f"--data-set {name} cannot be read from {root}, split {split!r}: {error}") from error
@@ -204,7 +204,7 @@ def _from_timm(name: str, root: Path, is_train: bool, args: Data, mode: str) -> 
 
 
 def _images(is_train: bool, args: Data) -> tuple[Any, int]:
-    """PIL images of one split, or timm's stream of them, and the number of classes, 0 if the data does not say."""
+    """PIL images of one split, or timm's stream of them, and the number of classes, 0 if the data does not state it."""
     name, split = args.data_set, "train" if is_train else "val"
     mode = "L" if args.in_chans == 1 else "RGB"
     if name not in DATA_SETS and not name.startswith(FACTORY_PREFIXES):
@@ -221,7 +221,7 @@ def _images(is_train: bool, args: Data) -> tuple[Any, int]:
     if name == "IMNET":
         _folder(root, _TWO_SPLITS)
         if args.eval and not any((root / s).is_dir() for s in ("train", "val")):
-            # Sets for evaluation alone, such as ImageNet-V2, -R, -A and -Sketch, come without splits.
+            # Sets for evaluation only, such as ImageNet-V2, -R, -A and -Sketch, come without splits.
             data = image_folder(root, mode)
         else:
             data = image_folder(root / split, mode)

@@ -21,10 +21,10 @@ from vim.environment import number
 from vim.errors import UserError
 from vim.flags import Common, Data
 
-# Not the engine's logger, which is silent in all processes but the first: each process meets bad images of its own.
+# Not the engine's logger, which is silent in all processes but the first: every process may meet other bad images.
 _logger = logging.getLogger("vision_mamba.data")
 
-# So many bad images in a row are no accident.
+# This many bad images in a row are not an accident.
 _MOST_IN_A_ROW = 100
 # Target of an image that evaluation leaves out.
 LEFT_OUT = -1
@@ -53,7 +53,7 @@ def decode(source: str | Path | IO[bytes], mode: str, name: str = "") -> Image.I
             return eight_bits(image, mode, name)
     except Image.DecompressionBombError as error:
         raise BadImageError(f"{name} has more pixels than --max-image-pixels allows") from error
-    # What Pillow raises of damaged files, beside OSError, the parent of UnidentifiedImageError; and cut archives.
+    # What Pillow raises for damaged files, besides OSError, the parent of UnidentifiedImageError; and cut archives.
     except (
         UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, struct.error, MemoryError, tarfile.TarError
     ) as error:  # fmt: skip
@@ -111,7 +111,7 @@ class Samples(Dataset):
         self._shape = sample_shape(args)
         if hasattr(images, "classes"):
             self.classes = list(images.classes)
-        # Shared, so that workers mark for one another, and for the main process to count.
+        # Shared between workers and the main process, which counts them.
         self._bad = torch.zeros(len(images), dtype=torch.uint8).share_memory_()
         self._numbers: list[int] | None = None
         self._cache: list[np.ndarray | None] | None = None
@@ -136,11 +136,11 @@ class Samples(Dataset):
         raise UserError(f"{_MOST_IN_A_ROW} images in a row cannot be read: look at the lines of the log that name them")
 
     def relabel(self, numbers: list[int], classes: list[str]) -> None:
-        """Give each class of the set another number, of those of `classes`."""
+        """Renumber the classes of the set by their position in `classes`."""
         self._numbers, self.classes = numbers, classes
 
     def bad_images(self) -> torch.Tensor:
-        """Which images proved bad so far in this process and its workers: (n,) uint8, 1 or 0."""
+        """Marks of the images that this process and its workers could not read so far: (n,) uint8, 1 or 0."""
         return self._bad.clone()
 
     def _note(self, index: int, error: BadImageError) -> None:
@@ -158,7 +158,7 @@ class Samples(Dataset):
         return self.images[index]
 
     def _fill_cache(self) -> None:
-        """Decode every image into memory before workers start: they share it, as pages that nobody writes."""
+        """Decode every image into memory before workers start, which share the pages because they are not written."""
         limit = free_memory() // 2 // number("LOCAL_WORLD_SIZE", 1, 1, 10**6)
         used, begun = 0, time.perf_counter()
         cache: list[np.ndarray | None] = [None] * len(self)

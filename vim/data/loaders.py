@@ -1,7 +1,7 @@
-"""Loaders whose every sample is a function of (seed, epoch, position), whatever ran before.
+"""Loaders whose samples depend on (seed, epoch, position) only.
 
-A run that stops at any step and starts again there sees the same batches, with any number of workers: the sampler hands
-out (epoch, position, index), and the random numbers of a sample's augmentation are seeded from them.
+A run that is stopped and resumed sees the same batches, with any number of workers: the sampler yields
+(epoch, position, index), and the random numbers of a sample's augmentation are seeded from them.
 """
 
 import ctypes
@@ -56,7 +56,7 @@ class EpochSampler(Sampler):
     def __init__(self, dataset: Dataset, *, repeated: bool, seed: int, rank: int, world_size: int) -> None:
         self.rank, self.world_size, self.seed = rank, world_size, seed
         if repeated:
-            # timm rounds the number of samples down to a multiple of 256, which would leave nothing of a small set.
+            # timm rounds the number of samples down to a multiple of 256, which would leave a small set empty.
             self.base = RepeatAugSampler(
                 dataset, world_size, rank, selected_round=256 if len(dataset) >= 256 * world_size else 0
             )
@@ -81,7 +81,7 @@ def _cores() -> int:
 
 
 def _loader_options(args: Data) -> dict[str, Any]:
-    """Workers, no more than there are cores for, and pinning."""
+    """Number of workers, at most one per core, and pinning."""
     return {
         "num_workers": min(args.num_workers, _cores()),
         "pin_memory": args.pin_mem and torch.cuda.is_available(),

@@ -1,4 +1,4 @@
-"""Random numbers from tuples of integers: the same key gives the same numbers, whatever was drawn before."""
+"""Random numbers from tuples of integers: the same key always gives the same numbers."""
 
 import random
 from collections.abc import Callable
@@ -29,5 +29,5 @@ def seed_all(*key: int) -> None:
 
 
 def seed_sample(*key: int) -> None:
-    """The same for the CPU alone, and fast: torch.manual_seed takes longer than a small image, mostly for devices."""
+    """The same for the CPU only, and faster: torch.manual_seed takes longer than decoding a small image."""
     _seed(key, torch.default_generator.manual_seed)

@@ -1,8 +1,8 @@
 """Data sets that are read as a stream: WebDataset shards, TFDS, streamed Hugging Face data, through timm's readers.
 
 A stream has no index: its order is that of timm's reader for (seed, epoch, rank, worker), and the random numbers of a
-sample's augmentation are seeded from those and its place in that order. So a run with as many workers sees the same
-batches again; one that is resumed inside an epoch reads and drops the batches before.
+sample's augmentation are seeded from these and its position. A run with the same number of workers therefore sees the
+same batches; one that is resumed inside an epoch reads and drops the batches before.
 """
 
 import itertools
@@ -50,7 +50,7 @@ class Stream(IterableDataset):
         """Take one rank's share.
 
         Raises:
-            UserError: fewer shards than readers, some of which would wait for ever.
+            UserError: there are fewer shards than readers, some of which would wait for ever.
         """
         self.rank, self.world_size = rank, world_size
         reader = self.source.reader
@@ -69,7 +69,7 @@ class Stream(IterableDataset):
         return len(self.source) if self.is_train else math.ceil(len(self.source) / self.world_size)
 
     def bad_images(self) -> torch.Tensor:
-        """How many images were skipped so far in this process and its workers: (1,)."""
+        """Number of images that this process and its workers have skipped so far: (1,)."""
         return self._bad.clone()
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, int]]:
@@ -105,7 +105,7 @@ class StreamLoader:
     def __init__(self, stream: Stream, batch_size: int, options: dict[str, Any]) -> None:
         self.dataset, self.batch_size = stream, batch_size
         self.generator = torch.Generator()
-        # Readers keep a state between epochs; a worker process starts each one anew.
+        # Readers keep a state between epochs; a worker process starts afresh.
         options = {**options, "num_workers": max(1, options["num_workers"])}
         self.loader = DataLoader(
             stream, batch_size=batch_size, drop_last=stream.is_train, generator=self.generator, **options

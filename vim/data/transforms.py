@@ -71,14 +71,14 @@ def three_augment(
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
-    """timm's, also for no bits at all, which the published policy asks for now and then: a black image."""
+    """timm's posterize, which also takes 0 bits, as the published policy sometimes does: a black image."""
     if bits_to_keep < 1:
         return image.point(lambda value: 0)
     return auto_augment.posterize(image, bits_to_keep)
 
 
-def _mend_posterize(transform: Any) -> None:
-    """Put `_posterize` in place of timm's in a policy: Pillow from 13 on refuses to keep no bits."""
+def _replace_posterize(transform: Any) -> None:
+    """Replace timm's posterize in a policy by `_posterize`: Pillow 13 and later refuse 0 bits."""
     if isinstance(transform, auto_augment.RandAugment):
         operations = list(transform.ops)
     elif isinstance(transform, auto_augment.AutoAugment):
@@ -95,9 +95,9 @@ def _mend_posterize(transform: Any) -> None:
 def build_transform(is_train: bool, args: Augmentation) -> Any:
     """The transform from a PIL image to a normalised tensor (channels, height, width).
 
-    Evaluation: shorter side to int(size / crop ratio), bicubic, centre crop; of a rectangle both sides are divided by
-    the ratio and covered. Training: timm's random resized crop, flip, RandAugment and random erasing; at 32 pixels or
-    less a padded random crop replaces the resized one.
+    Evaluation: shorter side to int(size / crop ratio), bicubic, centre crop; for a rectangle the image covers
+    both sides divided by the ratio. Training: timm's random resized crop, flip, RandAugment and random erasing; at 32
+    pixels or less a padded random crop replaces the resized one.
     """
     size = height, width = args.image_size
     mean, std = normalisation(args.in_chans)
@@ -125,7 +125,7 @@ def build_transform(is_train: bool, args: Augmentation) -> Any:
         std=std,
     )
     for step in transform.transforms:
-        _mend_posterize(step)
+        _replace_posterize(step)
     if max(size) <= SMALL_IMAGE:
         resize = _cover(size, transforms.InterpolationMode.BILINEAR)
         transform.transforms[0] = transforms.Compose([resize, transforms.RandomCrop(size, padding=4)])

@@ -1,4 +1,4 @@
-"""The command line: flags over those of `--config` over a checkpoint's over the published defaults."""
+"""The command line. Its flags override those of `--config`, these a checkpoint's, and these the published defaults."""
 
 import argparse
 import math
@@ -23,7 +23,7 @@ _OTHER_SPELLINGS = {
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that takes every flag with `-` or `_` between words, and nothing abbreviated."""
+    """A parser that takes every flag with `-` or `_` between words, and no abbreviations."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -120,10 +120,10 @@ def _values(flag: Flag) -> str:
 
 
 def _flags_of(config: Path) -> dict[str, Any]:
-    """The flags of a YAML file by the name of their value, each with a value that its flag takes.
+    """Checked flags of a YAML file by the name of their value.
 
     Raises:
-        UserError: the file cannot be read, or has an unknown flag or a value of another kind.
+        UserError: the file cannot be read, or has an unknown flag or a value of the wrong type.
     """
     try:
         if config.stat().st_size > _LARGEST_CONFIG:
@@ -144,14 +144,14 @@ def _flags_of(config: Path) -> dict[str, Any]:
 
 
 def known_flags(flags: dict[str, Any], source: str) -> dict[str, Any]:
-    """Flags by the name of their value, each with a value that it takes; without those this version does not know.
+    """Checked flags by the name of their value; those that this version does not know are left out.
 
     Args:
         flags: of a run, such as a checkpoint holds.
         source: what to call them in errors.
 
     Raises:
-        UserError: a value of another kind, or out of bounds.
+        UserError: a value of the wrong type, or out of bounds.
     """
     table, published, known = flag_table(), defaults(), {}
     for name, value in flags.items():
@@ -165,14 +165,14 @@ def known_flags(flags: dict[str, Any], source: str) -> dict[str, Any]:
 
 
 def parse_args(argv: list[str] | None = None, defaults: dict[str, Any] | None = None) -> Flags:
-    """Flags of the command line over those of `--config` over `defaults` over the published defaults.
+    """All flags: those of the command line override `--config`, which overrides `defaults` and the published defaults.
 
     Args:
-        argv: the command line; None takes the process's.
-        defaults: values by name, such as those a checkpoint was made with.
+        argv: the command line; None means that of the process.
+        defaults: values by name, such as those that a checkpoint was trained with.
 
     Raises:
-        UserError: an unknown or misspelt flag, a value that makes no sense, or flags that exclude each other.
+        UserError: an unknown or misspelt flag, a value out of range, or flags that exclude each other.
     """
     argv = sys.argv[1:] if argv is None else argv
     table = flag_table()
@@ -180,7 +180,7 @@ def parse_args(argv: list[str] | None = None, defaults: dict[str, Any] | None = 
     typed = {}
     for name, value in given.items():
         flag, spelt = table[name], table[name].names[0].replace("_", "-")
-        # None is `--no_amp`'s, which needs no conversion.
+        # `--no_amp` sets None, which needs no conversion.
         if value is not None:
             value = flag.convert(pairs(value, spelt) if flag.kind is dict else value, spelt)
         typed[name] = value
@@ -197,7 +197,7 @@ def _check(flags: Flags) -> None:
     """Raise UserError for flags that exclude each other."""
     if flags.resplit:
         raise UserError(
-            "--resplit spares an augmentation split from erasing, and the recipe has no splits: leave it out"
+            "--resplit exempts an augmentation split from erasing, and the recipe has no splits: leave it out"
         )
     check_trackers(flags)
     if flags.src and not flags.ThreeAugment:
@@ -223,7 +223,7 @@ def _check(flags: Flags) -> None:
 
 
 def notices(flags: Flags, steps_per_epoch: int) -> list[str]:
-    """What cannot work in a run as short as this one, a sentence each.
+    """One sentence for each thing that cannot work in a run as short as this one.
 
     Args:
         flags: of the run.

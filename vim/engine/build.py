@@ -1,4 +1,4 @@
-"""Model, teacher, optimizer and schedule as the flags say."""
+"""Builds model, teacher, optimizer and schedule from the flags."""
 
 import difflib
 from collections.abc import Callable
@@ -43,7 +43,7 @@ def build_model(args: Model, num_classes: int, name: str = "", options: dict[str
         in_chans=args.in_chans, **size, **clip, **options,
     )  # fmt: skip
     try:
-        # Sizes that no memory holds, as a checkpoint may ask for.
+        # A checkpoint may ask for sizes that fit no memory.
         if (needed := _bytes_of(create)) > (free := free_memory()):
             raise ValueError(f"its weights take {needed / 2**30:,.1f} GiB, and {free / 2**30:,.1f} are free")
         return create()
@@ -60,7 +60,7 @@ def build_model(args: Model, num_classes: int, name: str = "", options: dict[str
 
 
 def _bytes_of(create: Callable[[], nn.Module]) -> int:
-    """Memory that a model's weights will take; 0 for one whose construction needs values of tensors."""
+    """Memory that a model's weights will take; 0 for a model that cannot be built without data."""
     try:
         with torch.device("meta"):
             return sum(tensor.nbytes for tensor in create().state_dict().values())
@@ -73,10 +73,10 @@ def _text(options: dict[str, Any]) -> str:
 
 
 def build_training(model: nn.Module, args: Flags, context: DistributedContext) -> TrainState:
-    """The state of a run that has not begun: optimizer, schedule, average, scaler, and the model made parallel.
+    """The state of a new run: optimizer, schedule, averaged weights, scaler, and the distributed model.
 
     Raises:
-        UserError: flags that the model or each other exclude.
+        UserError: flags that do not fit the model or each other.
     """
     model_options(args, model)
     if args.attn_only:
@@ -88,7 +88,7 @@ def build_training(model: nn.Module, args: Flags, context: DistributedContext) -
             raise UserError(f"--grad-checkpointing: {args.model} cannot: {error or 'leave it out'}") from error
     ema = None
     if args.model_ema:
-        # Of the whole model, before it is sharded: parameters of both are sharded alike.
+        # Copied from the whole model: the parameters of both are then sharded in the same way.
         ema = ModelEmaV3(
             model, decay=args.model_ema_decay, device=torch.device("cpu") if args.model_ema_force_cpu else None,
             foreach=not args.fsdp,
@@ -112,7 +112,7 @@ def build_criterion(args: Flags, context: DistributedContext, num_classes: int) 
     """The loss, with its teacher if there is one.
 
     Raises:
-        UserError: flags that exclude each other, or a teacher that cannot be had.
+        UserError: flags that exclude each other, or a teacher that cannot be built.
     """
     if args.distillation_type == "none":
         return Criterion(args, num_classes)
@@ -139,7 +139,7 @@ def _build_optimizer(model: nn.Module, args: Flags, context: DistributedContext)
             model, args.weight_decay, no_weight_decay_list=skipped, layer_decay=args.layer_decay
         )
     betas = {"betas": tuple(args.opt_betas)} if args.opt_betas else {}
-    # One kernel for all parameters in place of a dozen for each; of these two, shards have it too.
+    # One kernel for all parameters instead of a dozen for each; with shards, only these two optimizers have it.
     fused = {"fused": True} if args.opt.lower() in ("adam", "adamw") else {}
     try:
         return create_optimizer_v2(
@@ -150,7 +150,7 @@ def _build_optimizer(model: nn.Module, args: Flags, context: DistributedContext)
 
 
 def _freeze_all_but_mixers(model: nn.Module, args: Model) -> None:
-    """`--attn-only`: train what mixes tokens (a mixer stands where DeiT has attention), the head and the embeddings."""
+    """`--attn-only`: train only mixers (DeiT's attention), the head and the embeddings."""
     kept = (".mixer.", ".attn.")
     if not any(part in name for name, _ in model.named_parameters() for part in kept):
         raise UserError(f"--attn-only trains mixers or attention alone, and {args.model} has neither: leave it out")

@@ -1,7 +1,7 @@
-"""Run checkpoints: one atomic file with all that a run needs to go on bit for bit.
+"""Run checkpoints: one atomic file with everything that a run needs to continue bit for bit.
 
 Random numbers need no state: those of a step are seeded from (seed, epoch, step, rank), those of a sample from (seed,
-epoch, position), so the counters in the file say them all.
+epoch, position), so the counters in the file determine them all.
 """
 
 import logging
@@ -65,15 +65,15 @@ def save_atomically(content: dict[str, Any], path: Path) -> None:
 
 
 class CheckpointManager:
-    """Writes a run's checkpoints into its folder: the last, the one before it, the best, every N-th epoch's.
+    """Writes a run's checkpoints into its folder: the last two, the best, and that of every N-th epoch.
 
     Files that a killed process left half-written are removed.
 
     Args:
-        folder: of the run; None keeps nothing.
+        folder: of the run; None writes nothing.
         args: parsed flags.
         context: of this process.
-        classes: names of the classes, by number, if they have any.
+        classes: names of the classes, by number, if known.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class CheckpointManager:
         self._since = 0
 
     def due(self, steps: int) -> bool:
-        """Whether `--checkpoint-interval` asks for a checkpoint, `steps` further on."""
+        """Whether `--checkpoint-interval` asks for a checkpoint after `steps` more steps."""
         self._since += steps
         if self._steps and self._since >= self._steps:
             return True
@@ -114,12 +114,12 @@ class CheckpointManager:
         grid = getattr(getattr(state.model, "patch_embed", None), "grid_size", None)
         content |= {
             "args": vars(self.args), "world_size": self.context.world_size, "classes": self.classes,
-            # Rows and columns that the position embedding stands for.
+            # Grid of the position embedding: rows and columns.
             "grid": None if grid is None else tuple(grid), **extra,
         }  # fmt: skip
         try:
             first, *others = [self.folder / target for target in (*copies, name)]
-            # `name` comes last: a run killed in between does the same again, and with it the copies.
+            # `name` comes last: a run killed in between repeats the step, and with it the copies.
             for target in (first, *others):
                 if target.name == LAST and target.exists():
                     _write_atomically(self.folder / PREVIOUS, lambda temporary: _link(path, temporary))
@@ -139,7 +139,7 @@ class CheckpointManager:
         return path
 
     def save_epoch(self, state: TrainState, *, improved: bool) -> None:
-        """Write the last checkpoint after an epoch, also as the best if it is, and as that epoch's if it is to stay."""
+        """Write the last checkpoint after an epoch, and copies of it if it is the best or if this epoch's is kept."""
         every = self.args.keep_every_epochs
         copies = (BEST,) if improved else ()
         if every and state.epoch % every == 0:
@@ -188,7 +188,7 @@ def _read_own(path: Path) -> dict[str, Any]:
 def read(source: str, output_dir: str) -> dict[str, Any] | None:
     """The checkpoint that `--resume` names.
 
-    For "auto" it is the newest good one of the output folder: a damaged one is passed over with a warning. None if
+    For "auto" it is the newest good one of the output folder: a damaged one is skipped with a warning. None if
     there are none yet.
 
     Raises:

@@ -133,7 +133,7 @@ def sum_over_ranks(values: torch.Tensor, context: DistributedContext) -> torch.T
 
 
 def count_bad_images(data: Any, context: DistributedContext) -> int:
-    """Images of a data set that proved bad so far, each once however many processes met it."""
+    """Number of unreadable images of a data set so far; one that several processes met counts once."""
     marks = data.bad_images().to(context.device)
     if context.world_size > 1:
         # Streams have a plain count instead, of samples that one process alone reads.
@@ -154,7 +154,7 @@ def shard(model: nn.Module) -> None:
     """Shard a model over all processes in place (FSDP2): each block by itself, then the rest.
 
     Raises:
-        UserError: its blocks cannot be told.
+        UserError: its blocks cannot be identified.
     """
     blocks = getattr(model, "layers", None) or getattr(model, "blocks", None)
     if blocks is None:
@@ -172,7 +172,7 @@ def replicate(model: nn.Module, context: DistributedContext) -> nn.Module:
 
 
 def without_gradient_exchange(forward: nn.Module) -> AbstractContextManager:
-    """Inside, backward passes only add to this process's gradients: for all but the last of an accumulated update."""
+    """Context for all but the last batch of an update: gradients are accumulated without being exchanged."""
     forward = getattr(forward, "_orig_mod", forward)
     if isinstance(forward, DistributedDataParallel):
         return forward.no_sync()

@@ -26,7 +26,7 @@ def _batches(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor] | None]:
     """The loader's batches, without images that could not be read, as if they were not there.
 
-    Where all processes gather shards together, None for as long as another process has a batch.
+    With shards, which all processes gather together, yields None while another process still has batches.
     """
     iterator = iter(loader)
     while True:
@@ -64,7 +64,7 @@ def evaluate(
         model: classifier.
         loader: this process's share of the set, batches of images (B, C, H, W) and class numbers (B,).
         args, context, reporter: of the run.
-        keep: receives logits (B, K) and targets (B,) of each batch.
+        keep: called with logits (B, K) and targets (B,) of each batch.
         columns: the model's output for each class of the set, where the set has a subset of the model's classes.
         stop_requested: asked between batches.
 
@@ -84,7 +84,7 @@ def evaluate(
             model(torch.zeros((1, *sample_shape(args)), dtype=torch.float32, device=context.device), **options)
             continue
         images, targets = batch
-        # Shards are gathered by all processes together, so there none may leave alone.
+        # All processes gather shards together, so none may leave early.
         if stop_requested() and not args.fsdp:
             sums[4] = 1
             break
@@ -95,7 +95,7 @@ def evaluate(
         loss = F.cross_entropy(logits, targets, reduction="sum")
         top1, top5 = _hits(logits, targets)
         count = len(targets)
-        # Hits are counted, not averaged: figures do not depend on how the set is cut into batches and shares.
+        # Hits are counted, not averaged, so that the figures do not depend on batches and processes.
         figures = torch.stack((loss.double(), top1.sum().double(), top5.sum().double())).cpu()
         sums[:3] += figures
         sums[3] += count

@@ -1,4 +1,4 @@
-"""What a run takes over from a checkpoint: flags, model options, class names and weights."""
+"""What a run inherits from a checkpoint: flags, model options, class names and weights."""
 
 import logging
 from typing import Any
@@ -15,7 +15,7 @@ from vim.models.registry import check_tag
 
 _logger = logging.getLogger("vision_mamba")
 
-# Flags of the machine and of the command at hand, which a checkpoint does not decide.
+# Flags that belong to the machine or to one command, and are not taken from a checkpoint.
 _OF_THE_COMMAND = (
     "config", "resume", "eval", "finetune", "output_dir", "device", "num_workers", "start_epoch", "local_rank", "fsdp",
     "distributed", "world_size", "dist_url", "per_class_csv", "class_index",
@@ -28,7 +28,7 @@ def own_flags(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
     """The flags of the run of this project that wrote a checkpoint, each of its type; None if another program wrote it.
 
     Raises:
-        UserError: they are none that this project takes.
+        UserError: they are not valid flags of this project.
     """
     if "format_version" not in checkpoint:
         return None
@@ -39,7 +39,7 @@ def own_flags(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def continue_flags(checkpoint: dict[str, Any], argv: list[str] | None) -> Flags:
-    """The command line's flags over those of the run that wrote the checkpoint.
+    """The flags of the run that wrote the checkpoint, overridden by those of the command line.
 
     Raises:
         UserError: see `parse_args`; or the checkpoint alone names a data set that is more than a local folder.
@@ -85,7 +85,7 @@ def check_model_options(checkpoint: dict[str, Any], args: Model) -> None:
 
 
 def class_names(checkpoint: dict[str, Any]) -> list[str] | None:
-    """The names of a checkpoint's classes by number, if it says them."""
+    """The names of a checkpoint's classes by number, if it has them."""
     names = checkpoint.get("classes")
     if isinstance(names, list | tuple) and names and all(isinstance(name, str) for name in names):
         return list(names)
@@ -96,7 +96,7 @@ def match_classes(checkpoint: dict[str, Any], data: Any, *, training: bool) -> l
     """The checkpoint's number of each class of a data set; None where both are the same or one has no names.
 
     Raises:
-        UserError: the data has a class that the checkpoint has not.
+        UserError: the data has a class that is not in the checkpoint.
     """
     known, names = class_names(checkpoint), getattr(data, "classes", None)
     if known is None or names is None or known == list(names):
@@ -104,7 +104,7 @@ def match_classes(checkpoint: dict[str, Any], data: Any, *, training: bool) -> l
     numbers = {name: number for number, name in enumerate(known)}
     if unknown := [name for name in names if name not in numbers]:
         advice = (
-            "--resume goes on with the same classes (--class-index is for evaluations), --finetune starts with new ones"
+            "--resume keeps the classes (--class-index is for evaluations), --finetune starts with new ones"
             if training
             else "pass --class-index FILE with the model's class number of each folder"
         )
@@ -121,7 +121,7 @@ def _some(names: list[str]) -> str:
 
 
 def read_weights(path: str) -> dict[str, Any]:
-    """`load_checkpoint` with its errors as the user's."""
+    """`load_checkpoint`, raising UserError."""
     try:
         return load_checkpoint(path)
     except CheckpointError as error:
@@ -136,7 +136,7 @@ def load_weights(
     use_ema: bool = False,
     classes: list[str] | None = None,
 ) -> None:
-    """`load_into` with its errors as the user's.
+    """`load_into`, raising UserError.
 
     Args:
         model: to load into.
@@ -200,7 +200,7 @@ def known_config(name: str) -> Any:
 
 
 def head_size(args: Model, checkpoint: dict[str, Any]) -> int:
-    """Classes that the weights of a checkpoint tell apart.
+    """Number of classes of a checkpoint's head.
 
     Raises:
         UserError: its head cannot be found.

@@ -19,7 +19,7 @@ def distillation_term(logits: torch.Tensor, teacher_logits: torch.Tensor, kind: 
 
     Args:
         logits, teacher_logits: (B, K).
-        kind: "soft", KL divergence at temperature `tau`, times tau²; or "hard", cross-entropy with its decision.
+        kind: "soft", KL divergence at temperature `tau`, times tau²; or "hard", cross-entropy with its predicted class.
         tau: temperature.
     """
     if kind == "hard":
@@ -29,7 +29,7 @@ def distillation_term(logits: torch.Tensor, teacher_logits: torch.Tensor, kind: 
 
 
 def cosub_loss(first: torch.Tensor, second: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Binary cross-entropy of two sub-models with the labels and with each other's decision (arXiv 2212.04884).
+    """Binary cross-entropy of two sub-models with the labels and with each other's prediction (arXiv 2212.04884).
 
     Args:
         first, second: logits (B, K) of two passes with other layers dropped.
@@ -42,12 +42,12 @@ def cosub_loss(first: torch.Tensor, second: torch.Tensor, targets: torch.Tensor)
 
 
 class Criterion:
-    """From a batch to its loss, as the flags say.
+    """The training loss that the flags select.
 
     Args:
         args: parsed flags.
         num_classes: K.
-        teacher: classifier of the same images and classes to distil from, frozen here; None without distillation.
+        teacher: classifier of the same images and classes to distil from, which is frozen; None without distillation.
 
     Raises:
         UserError: flags that exclude each other.
@@ -90,7 +90,7 @@ class Criterion:
             targets: class numbers (B,).
         """
         if self.mixup is not None:
-            # The frames of a clip are mixed as channels are: alike.
+            # All frames of a clip are mixed in the same way, as channels are.
             mixed, targets = self.mixup(images.flatten(1, -3), targets)
             images = mixed.view_as(images)
         if self._binary:

@@ -23,11 +23,11 @@ def build_pretraining(classifier: nn.Module, args: Model) -> nn.Module:
     """The model that pretrains the encoder of a classifier.
 
     Args:
-        classifier: as `--model` and `--model-kwargs` say; ARM's pretraining uses its sizes alone.
+        classifier: built from `--model` and `--model-kwargs`; ARM's pretraining uses only its sizes.
         args: parsed flags.
 
     Raises:
-        UserError: the classifier is of another architecture, or has another size.
+        UserError: the classifier is of another architecture, or has unsuitable sizes.
     """
     if args.pretrain == "masked":
         if not isinstance(classifier, VisionMamba):

@@ -1,4 +1,4 @@
-"""What a run tells: a live bar or plain lines, its log in the output folder, trackers, and a summary at the end."""
+"""What a run reports: a live bar or plain lines, its log in the output folder, trackers, and a summary at the end."""
 
 import json
 import logging
@@ -39,7 +39,7 @@ def memory_mib(device: torch.device) -> float:
 
 
 def to_json(record: dict[str, Any]) -> str:
-    """One line of JSON, which knows neither NaN nor infinity: null stands for them."""
+    """One line of JSON, with null for NaN and infinity, which JSON does not have."""
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     return json.dumps(finite, allow_nan=False)
 
@@ -79,7 +79,7 @@ class Reporter:
             None writes no files.
         args: parsed flags.
         enabled: false in all processes but the main one.
-        first_step: updates that the run has behind it already.
+        first_step: updates that the run has already done.
     """
 
     def __init__(self, output_dir: Path | None, args: Flags, *, enabled: bool, first_step: int = 0) -> None:
@@ -95,7 +95,7 @@ class Reporter:
             except OSError:
                 self._say_unwritten(self._folder / "run.log")
             if _logger.level == logging.NOTSET:
-                # A caller that set up no logging still gets the file's lines.
+                # The file gets its lines even if the caller has not set up logging.
                 _logger.setLevel(logging.INFO)
         self._live = enabled and sys.stderr.isatty()
         self._progress: Progress | None = None
@@ -105,7 +105,7 @@ class Reporter:
         self._samples_shown = first_step > 0
 
     def start(self, label: str, total: int, done: int = 0) -> None:
-        """Begin a pass of `total` steps, `done` of them already behind."""
+        """Begin a pass of `total` steps, of which `done` are already done."""
         self._label, self._total, self._done = label, total, done
         self._begun, self._first = time.perf_counter(), done
         self._images, self._waited = 0, 0.0
@@ -121,7 +121,7 @@ class Reporter:
         self, *, loss: float, images: int, steps: int = 1, train: dict[str, float] | None = None, waited: float = 0.0,
         at: int = 0,
     ) -> None:  # fmt: skip
-        """Some steps done.
+        """Report finished steps.
 
         Args:
             loss: their loss.
@@ -139,7 +139,7 @@ class Reporter:
         rate, done = self._images / seconds, self._done - self._first
         note = f"loss {loss:.4f}  {rate:,.0f} images/s"
         if train is not None:
-            # What the loader gives by itself: near the rate of the whole, the device starves.
+            # The loader's own rate: if it is near the overall rate, the device waits for data.
             loader = f"{self._images / self._waited:,.0f} images/s" if self._waited > 1e-3 else "no wait"
             note += f"  step {1e3 * seconds / done:.0f} ms  loader {loader}  lr {train['lr']:.2e}"
         if self._progress is not None:
@@ -181,7 +181,7 @@ class Reporter:
         self._each_tracker(lambda tracker: tracker.scalars(values, step))
 
     def samples(self, images: torch.Tensor) -> None:
-        """Show the run's first training batch (B, C, H, W), as the model gets it, to the trackers; once."""
+        """Send the run's first training batch (B, C, H, W), as the model gets it, to the trackers, once."""
         if self._samples_shown or not self._trackers:
             return
         self._samples_shown = True
@@ -236,7 +236,7 @@ class Reporter:
         )  # fmt: skip
 
     def summary(self) -> None:
-        """Say what the epochs of this process came to."""
+        """Log a summary of the epochs of this process."""
         if not self._enabled or not self._records:
             return
         records, last = self._records, self._records[-1]

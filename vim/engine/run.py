@@ -48,11 +48,11 @@ _STOP_SIGNALS = tuple(
 
 
 def set_up_logging() -> None:
-    """Lines of the run, and of nothing else, on standard error."""
+    """Log only this project's lines to standard error."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    # timm and PIL speak at this level about matters of their own.
+    # timm and PIL log details of their own at this level.
     logging.getLogger("timm").setLevel(logging.WARNING)
-    # Which backend declined is worth a line only where the slow reference serves instead.
+    # A declined backend is worth a line only if the slow reference runs instead.
     logging.getLogger("vision_mamba.backend").setLevel(logging.WARNING)
 
 
@@ -67,10 +67,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(argv: list[str] | None = None) -> dict[str, float]:
-    """Train or evaluate as the flags say; gives the last figures, with "stopped" among them if a signal ended the run.
+    """Train or evaluate; returns the last figures, with "stopped" among them if a signal ended the run.
 
     Raises:
-        BackendError: VIM_BACKEND or VIM_CPU_ISA asks for what there is not.
+        BackendError: VIM_BACKEND or VIM_CPU_ISA asks for something that is not available.
         UserError: see `parse_args`, `build_datasets`, `build_model`, and the checkpoint's and output folder's errors.
     """
     args = parse_args(argv)
@@ -139,7 +139,7 @@ def _evaluated_classes(
     """The model's output for each class of the set, None where they are the same, and the model's number of classes.
 
     Raises:
-        UserError: classes of the set that the model has not, or cannot be found.
+        UserError: the model lacks classes of the set, or they cannot be matched.
     """
     if args.class_index:
         names = [str(c) for c in getattr(eval_set, "classes", range(num_classes))]

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: timm's, and what its plateau schedule lacks."""
+"""Learning-rate schedules: timm's, with a complete plateau schedule."""
 
 from typing import Any
 
@@ -10,11 +10,11 @@ from vim.flags import Schedule
 
 
 class Plateau(PlateauLRScheduler):
-    """timm's plateau schedule with rest after a drop, no warm-up where none is asked for, and its state in checkpoints.
+    """timm's plateau schedule with a cooldown after each drop, optional warm-up, and its state in checkpoints.
 
     Args:
-        optimizer: whose rate it moves.
-        cooldown_epochs: epochs after a drop in which patience does not run.
+        optimizer: whose learning rate it sets.
+        cooldown_epochs: epochs after a drop that do not count towards the patience.
         kwargs: of timm's class.
     """
 
@@ -23,8 +23,8 @@ class Plateau(PlateauLRScheduler):
         self.lr_scheduler.cooldown = cooldown_epochs
 
     def step(self, epoch: int, metric: float | None = None) -> None:
-        """Move to after `epoch`, whose metric is the larger the better."""
-        # timm takes epoch 0 for a warm-up epoch even where there is no warm-up, and would stay at its rate.
+        """Set the rate after `epoch`; a larger `metric` is better."""
+        # timm counts epoch 0 as warm-up even without any, and would keep its rate.
         super().step(epoch if self.warmup_t else max(epoch, 1), metric)
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""All that changes while training, and its way into and out of a checkpoint."""
+"""Everything that changes during training; writing it to a checkpoint and reading it back."""
 
 import logging
 from dataclasses import dataclass, field
@@ -28,16 +28,16 @@ _SCHEDULE_FLAGS = (
 )  # fmt: skip
 
 
-# What flags decide of an optimizer, beside the learning rate: the command's values, not the checkpoint's.
+# Optimizer settings, apart from the learning rate, that come from the command and not from the checkpoint.
 _HYPERPARAMETERS = ("weight_decay", "betas", "eps", "momentum")
 
 
 @dataclass
 class TrainState:
-    """All that changes while training.
+    """Everything that changes during training.
 
     Attributes:
-        model: the bare model; `forward` the same as it is called: sharded, replicated or compiled.
+        model: the bare model; `forward` is the same model sharded, replicated or compiled.
         epoch, step: the next to run; a step is one batch of each process.
         best: best top-1 so far, percent.
         skipped: updates skipped for a loss or gradient that was not finite.
@@ -72,7 +72,7 @@ class TrainState:
         return {
             "model": get_model_state_dict(self.model, options=options),
             "model_ema": None if self.ema is None else get_model_state_dict(self.ema.module, options=options),
-            # By parameter name, so that a run may go on with other shards or none.
+            # By parameter name, so that a run can continue with other shards or none.
             "optimizer": get_optimizer_state_dict(self.model, self.optimizer, options=options),
             "lr_scheduler": self.scheduler.state_dict(),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
@@ -120,7 +120,7 @@ class TrainState:
             samples, now = self.step * saved["batch_size"] * before, args.batch_size * world_size
         except (KeyError, ValueError, RuntimeError) as error:
             raise UserError(
-                f"the checkpoint's training state does not fit this run: {error}; --resume goes on with the same "
+                f"the checkpoint's training state does not fit this run: {error}; --resume continues with the same "
                 "model, image size and optimizer, --finetune starts from the weights alone"
             ) from error
         if samples % now:
@@ -132,7 +132,7 @@ class TrainState:
 
 
 def _check_optimizer(saved: dict[str, Any], own: dict[str, Any]) -> None:
-    """Refuse an optimizer's state of other parameters: torch takes tensors of any shape, and its kernels trust them.
+    """Refuse an optimizer state for other parameters: torch accepts any shape, and its kernels rely on it.
 
     Args:
         saved, own: from `get_optimizer_state_dict`, by parameter name.
@@ -163,7 +163,7 @@ def _names(groups: list[Any]) -> list[list[str]]:
 
 
 def _check_like(saved: Any, own: Any, what: str) -> None:
-    """Refuse a saved value of another form than this run's: keys, lengths, shapes and types.
+    """Refuse a saved value whose keys, lengths, shapes or types differ from this run's.
 
     Raises:
         ValueError: see above.

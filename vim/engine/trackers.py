@@ -1,4 +1,4 @@
-"""Where a run's figures go beside its log: TensorBoard, Weights & Biases, MLflow, behind one interface."""
+"""Trackers of a run's figures: TensorBoard, Weights & Biases, MLflow, behind one interface."""
 
 import hashlib
 import importlib.util
@@ -18,7 +18,7 @@ _logger = logging.getLogger("vision_mamba")
 
 
 class Tracker(Protocol):
-    """What the reporter asks of each."""
+    """The interface of all trackers."""
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Numbers by name at a step."""
@@ -57,7 +57,7 @@ class TensorBoard:
 
 
 class Wandb:
-    """A run of Weights & Biases; its identity follows from the folder, so that a resumed run goes on with it."""
+    """A run of Weights & Biases; its identity follows from the folder, so that a resumed run continues it."""
 
     def __init__(self, folder: Path, args: Run, first_step: int) -> None:
         import wandb
@@ -110,7 +110,7 @@ class Mlflow:
         self._mlflow.log_image(_pixels(image), f"{name}.png")
 
     def histogram(self, name: str, values: torch.Tensor, step: int) -> None:
-        # MLflow has none: the moments, then.
+        # MLflow has no histograms: mean and deviation instead.
         values = values.float()
         self.scalars({f"{name}/mean": values.mean().item(), f"{name}/std": values.std().item()}, step)
 
@@ -119,7 +119,7 @@ class Mlflow:
 
 
 def check_trackers(args: Run) -> None:
-    """Look for what the trackers need before anything is written.
+    """Check what the trackers need before anything is written.
 
     Raises:
         UserError: a tracker's library is missing, or there is no folder for its files.

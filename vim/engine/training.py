@@ -28,17 +28,17 @@ NOT_FINITE = "nonfinite.pth"
 
 
 def autocast(args: Optimisation, context: DistributedContext) -> AbstractContextManager:
-    """The precision of forward passes: `--if_amp` in `--amp-dtype`, else as the parameters are."""
+    """Context of forward passes: autocast to `--amp-dtype` with `--if_amp`, else the dtype of the parameters."""
     if not args.if_amp:
         return nullcontext()
     return torch.autocast(context.device.type, dtype=getattr(torch, args.amp_dtype))
 
 
 def model_options(args: Model, model: nn.Module) -> dict[str, bool]:
-    """Keyword arguments of VisionMamba.forward that flags turn on.
+    """Arguments of VisionMamba.forward that flags turn on.
 
     Raises:
-        UserError: another model, which has none of them.
+        UserError: the model is another one, which does not take them.
     """
     names = [n for n in ("if_random_cls_token_position", "if_random_token_rank") if getattr(args, n)]
     if names and not isinstance(model, VisionMamba):
@@ -68,7 +68,7 @@ def train_one_epoch(
     steps, images_seen, waited, begun = len(loader), 0, 0.0, time.perf_counter()
     loader.set_epoch(state.epoch)
     loader.set_start_step(state.step)
-    # Nothing is left of an epoch that was stopped between its last step and its evaluation.
+    # An epoch that was stopped between its last step and its evaluation has no steps left.
     batches = iter(loader) if state.step < steps else iter(())
     reporter.start(f"epoch {state.epoch + 1}/{args.epochs}", steps, state.step)
     lr = max(group["lr"] for group in state.optimizer.param_groups)
@@ -124,7 +124,7 @@ def _accumulate(
     context: DistributedContext,
     reporter: Reporter,
 ) -> tuple[torch.Tensor, float]:
-    """Gradients of the mean loss of the next `group` batches; gives that loss and the seconds of waiting for data."""
+    """Gradients of the mean loss of the next `group` batches; returns the loss and seconds of waiting for data."""
     state.optimizer.zero_grad()
     total, waited = torch.zeros((), dtype=torch.float32, device=context.device), 0.0
     options = model_options(args, state.model)
@@ -145,7 +145,7 @@ def _accumulate(
 
 
 def _clip(state: TrainState, args: Optimisation) -> torch.Tensor:
-    """Clip the gradients as `--clip-grad` says; gives their norm before that."""
+    """Clip the gradients as `--clip-grad` says; returns their norm before clipping."""
     if state.scaler is not None:
         state.scaler.unscale_(state.optimizer)
     parameters = [p for p in state.model.parameters() if p.grad is not None]
@@ -161,7 +161,7 @@ def _clip(state: TrainState, args: Optimisation) -> torch.Tensor:
 def _agree(
     loss: torch.Tensor, norm: torch.Tensor, stop: bool, save: bool, context: DistributedContext
 ) -> tuple[float, float, bool, bool]:
-    """What all processes go by: the mean loss, the norm, and whether any of them wants to stop or to save."""
+    """What all processes agree on: the mean loss, the norm, and whether any of them must stop or save."""
     local = torch.tensor([float(stop), float(save)], dtype=torch.float64)
     both = torch.stack((loss.double(), norm.detach().double()))
     shared = sum_over_ranks(torch.cat((both, local.to(both.device))), context) if context.world_size > 1 else None
@@ -180,7 +180,7 @@ def _update(state: TrainState) -> None:
 
 
 def _scaler_goes_on(state: TrainState) -> bool:
-    """Whether a gradient that overflowed is the loss scale's doing: it finds its value by overflowing."""
+    """Whether the loss scale caused the overflow: it finds its value by overflowing."""
     return state.scaler is not None and state.scaler.get_scale() > 1.0
 
 

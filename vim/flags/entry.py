@@ -14,7 +14,7 @@ _QUOTES = "'"
 
 @dataclass(frozen=True)
 class Bounds:
-    """An interval of finite numbers; its text says it in words."""
+    """An interval of finite numbers, which prints itself in words."""
 
     low: float
     high: float = math.inf
@@ -39,15 +39,15 @@ class Flag:
     """One entry of the table.
 
     Attributes:
-        help: what it does, complete in itself.
+        help: what it does; complete in itself.
         kind: type of its value, or of each of its values: int, float, str, bool or dict.
         names: on the command line; with `-` or `_` between words.
         off: names that turn a switch off.
         bounds: of a number.
-        choices: the values it takes, if they are few.
+        choices: the allowed values, if they are few.
         counts: least and largest number of values it takes, None for a flag of one value.
-        single: whether one of several values may stand by itself.
-        check: says what is wrong with a value, or gives "".
+        single: whether a single value may replace the list.
+        check: returns what is wrong with a value, or "".
         may_be_empty: whether text may be empty.
     """
 
@@ -71,7 +71,7 @@ class Flag:
             name: what to call the flag in errors.
 
         Raises:
-            UserError: another kind of value, or one out of bounds.
+            UserError: a value of the wrong type, or out of bounds.
         """
         if self.kind is bool:
             if not isinstance(value, bool):

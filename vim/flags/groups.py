@@ -14,10 +14,10 @@ from vim.flags.entry import Bounds, Flag
 DATA_SETS = ("IMNET", "CIFAR", "INAT", "INAT19", "FMNIST", "CLIPS")
 PRETRAININGS = ("none", "arm", "masked")
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
-# Readers of timm, asked for by prefix: `--data-set hfds/NAME --data-path FOLDER`.
+# Readers of timm, chosen by prefix: `--data-set hfds/NAME --data-path FOLDER`.
 FACTORY_PREFIXES = ("tar/", "hfds/", "wds/", "tfds/", "hfids/")
 BAD_IMAGE = ("stop", "replace")
-# Pillow's own bound of what may be a decompression bomb.
+# Pillow's own limit against decompression bombs.
 MAX_IMAGE_PIXELS = 178_956_970
 TRACKERS = ("tensorboard", "wandb", "mlflow", "none")
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "plateau", "poly", "constant")
@@ -75,7 +75,7 @@ def _interval_fault(text: str) -> str:
 
 
 def parse_interval(text: str) -> tuple[int, float]:
-    """`--checkpoint-interval` → (steps, seconds), the one not asked for 0: "500" or "500steps", "10min".
+    """`--checkpoint-interval` → (steps, seconds), the other one 0: "500" or "500steps", "10min".
 
     Raises:
         ValueError: neither.
@@ -97,7 +97,7 @@ def _range_fault(values: list[float] | None) -> str:
 
 @dataclass(kw_only=True)
 class Common:
-    """What several parts of a run share."""
+    """Flags that several parts of a run share."""
 
     batch_size: int = _flag(64, "images of each process in one step", Bounds(1, 2**20))
     seed: int = _flag(0, "seed of all random numbers", Bounds(0, 2**32 - 1))
@@ -106,12 +106,12 @@ class Common:
         224, "side of the images in pixels, or height and width", Bounds(1, 8192), counts=(1, 2), single=True, kind=int
     )
     data_set: str = _flag(
-        "IMNET", f"{', '.join(DATA_SETS)}, or a name behind a prefix of timm's readers: {', '.join(FACTORY_PREFIXES)}",
+        "IMNET", f"{', '.join(DATA_SETS)}, or a name with a prefix of timm's readers: {', '.join(FACTORY_PREFIXES)}",
         may_be_empty=False,
     )  # fmt: skip
     num_frames: int = _flag(8, "frames of a clip of --data-set CLIPS", Bounds(1, 1024))
     in_chans: int = _flag(3, "colour channels: 1 for grey images, 3 for colour", choices=(1, 3))
-    num_classes: int = _flag(0, "number of classes, where the data set does not say it", Bounds(0, 10**7))
+    num_classes: int = _flag(0, "number of classes, if the data set does not state it", Bounds(0, 10**7))
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -143,7 +143,7 @@ class Augmentation(Common):
     reprob: float = _flag(0.25, "probability that random erasing changes an image", SHARE)
     remode: str = _flag("pixel", "what random erasing fills its boxes with", choices=("const", "rand", "pixel"))
     recount: int = _flag(1, "boxes that random erasing draws in an image", Bounds(1, 100))
-    resplit: bool = _flag(False, "refused: it spares one augmentation split from erasing, and the recipe has no splits")
+    resplit: bool = _flag(False, "not supported: it exempts a split from erasing, and the recipe has no splits")
     mixup: float = _flag(0.8, "alpha of mixup, 0 for none", Bounds(0, 1000))
     cutmix: float = _flag(1.0, "alpha of CutMix, 0 for none", Bounds(0, 1000))
     cutmix_minmax: list[float] | None = _flag(
@@ -177,7 +177,7 @@ class Data(Augmentation):
         10, "loader processes, at most as many as there are cores", Bounds(0, 4096), names=("--num_workers",)
     )
     pin_mem: bool = _flag(True, "pin the loader's memory for faster copies to the GPU", off=("--no-pin-mem",))
-    dist_eval: bool = _flag(False, "accepted for old scripts: evaluation is always shared out, exactly")
+    dist_eval: bool = _flag(False, "accepted for old scripts: evaluation is always distributed, and exact")
 
 
 @dataclass(kw_only=True)
@@ -197,11 +197,11 @@ class Model(Common):
     model_ema_decay: float = _flag(0.99996, "share of the average that stays at an update", SHARE)
     model_ema_force_cpu: bool = _flag(False, "keep the average of the weights on the CPU")
     if_random_cls_token_position: bool = _flag(
-        False, "put the class token at a position drawn anew in each forward pass",
+        False, "put the class token at a new random position in each forward pass",
         names=("--if_random_cls_token_position",), off=("--no_random_cls_token_position",),
     )  # fmt: skip
     if_random_token_rank: bool = _flag(
-        False, "shuffle the tokens anew in each forward pass", names=("--if_random_token_rank",),
+        False, "shuffle the tokens in each forward pass", names=("--if_random_token_rank",),
         off=("--no_random_token_rank",),
     )  # fmt: skip
     attn_only: bool = _flag(False, "train the mixers, the embeddings and the head; freeze everything else")
@@ -214,7 +214,9 @@ class Optimisation(Common):
     """The loss, the optimizer and the precision."""
 
     bce_loss: bool = _flag(False, "binary cross-entropy in which every class of a mixture counts as present")
-    cosub: bool = _flag(False, "train two sub-models that drop other layers, on the labels and on each other, by BCE")
+    cosub: bool = _flag(
+        False, "train two sub-models with other layers dropped, on the labels and on each other, by BCE"
+    )
     teacher_model: str = _flag("regnety_160", "timm model to distil from", may_be_empty=False)
     teacher_path: str = _flag("", "checkpoint of the teacher")
     distillation_type: str = _flag(
@@ -226,7 +228,7 @@ class Optimisation(Common):
     opt: str = _flag("adamw", "optimizer of timm", check=_optimizer_fault, may_be_empty=False)
     opt_eps: float = _flag(1e-8, "term that keeps the optimizer's divisions finite", Bounds(0, 1))
     opt_betas: list[float] | None = _flag(
-        None, "decay rates of the optimizer's moments; without them the optimizer's own",
+        None, "decay rates of the optimizer's moments; by default the optimizer's own",
         Bounds(0, 1, open_high=True), kind=float, counts=(2, 3),
     )  # fmt: skip
     momentum: float = _flag(0.9, "momentum of SGD and its relatives", Bounds(0, 1, open_high=True))
@@ -281,7 +283,9 @@ class Schedule(Common):
         [90, 180, 270], "epochs at which the multistep schedule drops", Bounds(0, 10**6), kind=int, counts=(1, 1000)
     )
     warmup_epochs: int = _flag(5, "epochs of warm-up, counted within the schedule", Bounds(0, 10**6))
-    cooldown_epochs: int = _flag(10, "epochs after a drop in which the plateau schedule rests", Bounds(0, 10**6))
+    cooldown_epochs: int = _flag(
+        10, "epochs after a drop that do not count towards --patience-epochs", Bounds(0, 10**6)
+    )
     patience_epochs: int = _flag(10, "epochs without improvement before the plateau schedule drops", Bounds(0, 10**6))
     decay_rate: float = _flag(
         0.1, "factor of the learning rate at a drop; exponent of the poly schedule", Bounds(0, 100, open_low=True),
@@ -291,29 +295,29 @@ class Schedule(Common):
 
 @dataclass(kw_only=True)
 class Run(Common):
-    """The command at hand: files, processes, log."""
+    """Files, processes and logs of one command."""
 
     config: str | None = _flag(
         None, "YAML file of flags by name; the command line overrides it", kind=str, metavar="FILE", may_be_empty=False
     )
     output_dir: str = _flag("", "folder for checkpoints, logs and the resolved configuration", names=("--output_dir",))
     resume: str = _flag("", "checkpoint to continue or to evaluate; auto: the newest good one of --output-dir")
-    device: str = _flag("cuda", "device to run on; the CPU serves where there is no GPU", choices=("cuda", "cpu"))
-    distributed: bool = _flag(False, "insist on several processes, started by a launcher such as torchrun")
-    world_size: int = _flag(
-        1, "number of processes, to be compared with the launcher's", FROM_1, names=("--world_size",)
+    device: str = _flag("cuda", "device to run on; without a GPU, the CPU is used", choices=("cuda", "cpu"))
+    distributed: bool = _flag(False, "require several processes, started by a launcher such as torchrun")
+    world_size: int = _flag(1, "number of processes, compared with the launcher's", FROM_1, names=("--world_size",))
+    dist_url: str = _flag(
+        "env://", "address at which processes find each other", names=("--dist_url",), may_be_empty=False
     )
-    dist_url: str = _flag("env://", "where processes meet", names=("--dist_url",), may_be_empty=False)
     local_rank: int = _flag(0, "GPU of this process, where the launcher does not set LOCAL_RANK", Bounds(0, 1023))
     fsdp: bool = _flag(False, "shard parameters, gradients and optimizer over the processes (FSDP2)")
     per_class_csv: str = _flag("", "with --eval: file for the accuracy of each class", metavar="FILE")
     checkpoint_interval: str = _flag(
-        "", "time between checkpoints inside an epoch: 500 (steps) or 10min", check=_interval_fault
+        "", "interval between checkpoints inside an epoch: 500 (steps) or 10min", check=_interval_fault
     )
     keep_every_epochs: int = _flag(0, "also keep the checkpoint of every N-th epoch", COUNT)
     print_every_steps: int = _flag(50, "steps between two lines of the log", FROM_1)
     trackers: list[str] = _flag(
-        ["tensorboard"], "where figures go beside log.txt", kind=str, counts=(1, 4), choices=TRACKERS
+        ["tensorboard"], "trackers that get the figures, besides log.txt", kind=str, counts=(1, 4), choices=TRACKERS
     )
     project: str = _flag("vision-mamba", "project of Weights & Biases, experiment of MLflow", may_be_empty=False)
     histograms: bool = _flag(False, "send weights and gradients of each epoch to the trackers as histograms")

@@ -1,7 +1,7 @@
-"""Reading checkpoints that nobody vouches for, and fitting their weights to a model.
+"""Reads untrusted checkpoints, and fits their weights to a model.
 
 `load_checkpoint` reads a file or hub id into a plain dictionary, without running code that it may hold.
-`extract_state_dict` finds the weights in that dictionary, `load_into` puts them into a model.
+`extract_state_dict` finds the weights in that dictionary, `load_into` loads them into a model.
 """
 
 import logging
@@ -81,7 +81,7 @@ def _read_torch(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals(DATA_TYPES):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever an untrusted pickle makes of the allowed types' constructors
+    except Exception as error:  # any error of the allowed types' constructors, called by an untrusted pickle
         if refused := re.search(r"GLOBAL (\S{1,100})", str(error)):
             raise CheckpointError(
                 f"{path} holds {refused[1]}, which is no plain value and could run code when read, so it was refused: "
@@ -95,7 +95,7 @@ def _read_torch(path: Path) -> Any:
 
 
 def _check_archive(path: Path) -> None:
-    """Refuse an archive whose content is not what was written, or would take far more memory than the file.
+    """Refuse an archive that is damaged, or that would take far more memory than the file.
 
     Raises:
         CheckpointError: see above.
@@ -136,7 +136,7 @@ def _reason(error: pickle.UnpicklingError) -> str:
 
 
 def _from_hub(source: str) -> Path:
-    import huggingface_hub  # here: slow to import, and seldom needed
+    import huggingface_hub  # slow to import, and seldom needed
 
     owner, _, rest = source.removeprefix("hf-hub:").partition("/")
     repository, _, filename = rest.partition("/")
@@ -158,7 +158,7 @@ def _from_hub(source: str) -> Path:
 
 
 def _hub_has_address() -> bool:
-    """False where the hub's name has no address: its client would try for most of a minute, and say so on each try."""
+    """Whether the hub's name resolves: without that its client retries for most of a minute, logging each attempt."""
     from huggingface_hub import constants
 
     if urllib.request.getproxies():
@@ -183,7 +183,7 @@ def extract_state_dict(checkpoint: dict[str, Any], *, use_ema: bool = False) -> 
     as a loss's, are left out with a notice.
 
     Raises:
-        CheckpointError: no usable tensors there, or EMA weights asked for that it does not hold.
+        CheckpointError: no usable tensors there, or the EMA weights that were requested are missing.
     """
     keys = _EMA_KEYS if use_ema else (*_MODEL_KEYS, *_EMA_KEYS)
     key = next((k for k in keys if isinstance(checkpoint.get(k), dict)), None)
@@ -227,7 +227,7 @@ def _check_tensor(name: str, tensor: torch.Tensor) -> None:
         raise CheckpointError(
             f"{name} is a {kind} tensor, expected a dense one: save the state dict of the plain model"
         )
-    # A tensor with a stride of 0 can stand for more memory than any machine has.
+    # A tensor with a stride of 0 can describe more memory than any machine has.
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise CheckpointError(f"{name} {tuple(tensor.shape)} is an expanded tensor: save it after .contiguous()")
     if not tensor.dtype.is_floating_point or tensor.dtype.itemsize == 1:
@@ -249,7 +249,7 @@ def checkpoint_filter_fn(
     Args:
         state_dict: a checkpoint or a state dict.
         model: for which.
-        grid: rows and columns that the checkpoint's position embedding stands for. None: those stored with the
+        grid: rows and columns of the checkpoint's position embedding. None: those stored with the
             checkpoint, or else a guess, which is logged.
 
     Raises:
@@ -260,7 +260,7 @@ def checkpoint_filter_fn(
 
 
 def stored_grid(checkpoint: dict[str, Any]) -> tuple[int, int] | None:
-    """Rows and columns of patches that a checkpoint says its position embedding stands for."""
+    """Rows and columns of the position embedding, if the checkpoint states them."""
     grid = checkpoint.get("grid")
     if isinstance(grid, tuple | list) and len(grid) == 2 and all(type(n) is int and n > 0 for n in grid):
         return grid[0], grid[1]
@@ -282,7 +282,7 @@ def load_into(
         state_dict: from `extract_state_dict`.
         strict: missing or unexpected names are an error, else a notice.
         reset_head: a head of another number of classes is left at its initialisation, with a notice, else an error.
-        grid: rows and columns that the position embedding stands for, from `stored_grid`; None: see
+        grid: rows and columns of the position embedding, from `stored_grid`; None: see
             `checkpoint_filter_fn`.
 
     Returns:
@@ -324,9 +324,7 @@ def load_into(
     if unexpected:
         problems.append("unexpected: " + _some(unexpected))
     if shapes or (problems and strict):
-        raise CheckpointError(
-            f"the checkpoint is of another model than {type(model).__name__} as built here ({'; '.join(problems)})"
-        )
+        raise CheckpointError(f"the checkpoint does not fit this {type(model).__name__} ({'; '.join(problems)})")
     if problems:
         _logger.warning("loading weights: %s", "; ".join(problems))
     model.load_state_dict(state, strict=False)
@@ -341,7 +339,7 @@ def _adapt_first_conv(state: dict[str, torch.Tensor], model: nn.Module, own: dic
         return
     try:
         state[name] = adapt_input_conv(channels, weight)
-    except NotImplementedError:  # from something else than colour: the shapes are reported below
+    except NotImplementedError:  # not a colour filter: the shapes are reported below
         return
     _logger.warning("%s of %d channels is converted to the model's %d", name, weight.shape[1], channels)
 

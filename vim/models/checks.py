@@ -137,7 +137,7 @@ def checked_indices(depth: int, pairs: bool, indices: int | list[int] | None) ->
         indices: how many of the last ones, which ones, or None for all.
 
     Raises:
-        ValueError: blocks that there are not, or the first of a pair.
+        ValueError: blocks out of range, or the first of a pair.
     """
     last_ones = indices is None or isinstance(indices, int)
     if pairs and last_ones:

@@ -27,7 +27,7 @@ class TimmContract(nn.Module):
 
     @property
     def token_layout(self) -> TokenLayout:
-        """Where tokens stand for an image of the model's own size; its `grid` is that of the position embedding."""
+        """Positions of the tokens of an image of the model's own size; `grid` is that of the position embedding."""
         frames = self.num_frames // self.patch_embed.tubelet if self.num_frames else 1
         return self._layout(self.patch_embed.grid_size, frames)
 
@@ -65,7 +65,7 @@ class TimmContract(nn.Module):
         """Replace the head by a new one, or by none for 0 classes, and optionally the pooling.
 
         Raises:
-            ValueError: a number of classes that is none, or an unknown pooling.
+            ValueError: a negative number of classes, or an unknown pooling.
         """
         if not isinstance(num_classes, int) or num_classes < 0:
             raise ValueError(f"num_classes is {num_classes!r}, expected a whole number of at least 0")
@@ -91,7 +91,7 @@ class TimmContract(nn.Module):
         With a new patch size the stride follows if it was the patch size, else it stays.
 
         Raises:
-            ValueError: sizes that are none, or an image smaller than a patch.
+            ValueError: sizes that are not positive, or an image smaller than a patch.
         """
         embed, old_grid = self.patch_embed, self.patch_embed.grid_size
         patch_size = embed.patch_size if patch_size is None else checked_size("patch_size", patch_size)
@@ -124,7 +124,7 @@ class TimmContract(nn.Module):
         """Drop the blocks after the last one in `indices`, and the norm and head if asked; gives the indices kept.
 
         Raises:
-            ValueError: indices that the depth does not have.
+            ValueError: indices out of range.
         """
         take, last = checked_indices(len(self.layers), self.if_bidirectional, indices)
         self.layers = self.layers[: last + 1]

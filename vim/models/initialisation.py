@@ -15,7 +15,7 @@ SPECIAL_TOKENS = ("cls_token", "cls_token_head", "cls_token_tail")
 @torch.no_grad()
 def init_vim(model: "VisionMamba") -> None:
     """Vim's: truncated normal tokens and positions, LeCun normal patch filters, zero Linear biases but the step's."""
-    # LeCun's fan is that of a matrix: three-dimensional filters are one, too.
+    # The fan is that of the filters as a matrix, three-dimensional ones included.
     lecun_normal_(model.patch_embed.proj.weight.flatten(1))
     nn.init.zeros_(model.patch_embed.proj.bias)
     for name in ("pos_embed", "pos_embed_cls", "temporal_pos_embedding", *SPECIAL_TOKENS):

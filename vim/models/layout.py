@@ -1,4 +1,4 @@
-"""The place of every token in a sequence: patches in raster order, special tokens (class tokens, registers) among them.
+"""The position of every token in a sequence: patches in raster order, class tokens and registers among them.
 
 Plain functions of tensors in the subset of Python that TorchScript compiles. They branch on shapes, so torch.fx takes
 them as leaves (timm's `register_notrace_function`).
@@ -48,7 +48,7 @@ def special_positions(placement: str, count: int, num_patches: int) -> list[int]
 
 @register_notrace_function
 def token_layout(placement: str, count: int, grid: tuple[int, int], frames: int) -> TokenLayout:
-    """The layout of a sequence whose special tokens stand where `special_positions` says."""
+    """The layout of a sequence with special tokens at `special_positions`."""
     return TokenLayout(grid, frames, special_positions(placement, count, frames * grid[0] * grid[1]))
 
 

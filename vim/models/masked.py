@@ -58,7 +58,7 @@ class MaskedPretraining(nn.Module):
         return grid.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
     def mask(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, M) boolean, True where blank; drawn anew in training, always the same in evaluation."""
+        """(B, M) boolean, True where blank; random in training, fixed in evaluation."""
         count = self.backbone.patch_embed.num_patches
         generator = None if self.training else torch.Generator(x.device).manual_seed(0)
         order = torch.rand(len(x), count, device=x.device, generator=generator).argsort(1)

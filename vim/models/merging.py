@@ -1,7 +1,7 @@
 """Merging similar tokens at inference: bipartite soft matching (ToMe, arXiv 2210.09461) with the order of tokens kept.
 
 Keeping the order is what scans need (Famba-V, arXiv 2409.09808). Special tokens are left alone, and the patches between
-two of them are merged among themselves, so that special tokens stand at the same index in every sample.
+two of them are merged among themselves, so that special tokens have the same index in every sample.
 """
 
 import torch
@@ -41,7 +41,7 @@ def merge_tokens(
 
     Args:
         tokens, residual: hidden states and residual stream (B, L, D); their sum is what is compared.
-        sizes: (B, L, 1), how many patches each token stands for.
+        sizes: (B, L, 1), how many patches each token represents.
         layout: of the sequence.
         ratio: share of the patches that is merged into others, at most a half.
 

@@ -37,9 +37,9 @@ def resample_pos_embed(
 
     Args:
         pos_embed: (1, T, D), class rows included where `class_token` puts them.
-        new_grid: rows and columns of patches wanted.
+        new_grid: rows and columns of the result.
         class_token: where the class rows are, see `special_positions`.
-        old_grid: rows and columns that `pos_embed` stands for; None means square, which the log says.
+        old_grid: rows and columns of `pos_embed`; None means square, which is logged.
         new_class_token: where they shall be; None keeps the kind, "none" drops them.
         antialias: widen the kernel where the grid shrinks. It is another kernel where the grid grows, too.
 
@@ -47,7 +47,7 @@ def resample_pos_embed(
         (1, new T, D); the very values where the grid is the same.
 
     Raises:
-        ValueError: the rows of `pos_embed` do not fit the grid, or class rows are asked for that are not there.
+        ValueError: the rows of `pos_embed` do not fit the grid, or it lacks the class rows.
     """
     num_patches = pos_embed.shape[1] - len(special_positions(class_token, 0, 0))
     if old_grid is None:

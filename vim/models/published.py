@@ -68,7 +68,7 @@ def _videomamba(bimamba: bool, **args: Any) -> dict[str, Any]:
 
 
 def _arm(args: dict[str, Any]) -> dict[str, Any]:
-    """What both models of ARM share: LayerNorm whatever is asked for, and mixers as wide as the model."""
+    """What both models of ARM share: always LayerNorm, and mixers as wide as the model."""
     args |= {"rms_norm": False, "norm_epsilon": 1e-5, "ssm_cfg": {"expand": 1, **(args["ssm_cfg"] or {})}}
     if args.get("bimamba_type") == "v2":
         raise ValueError(

@@ -194,9 +194,7 @@ def create(variant: str, pretrained: bool, **kwargs: Any) -> VisionMamba:
         if not pretrained or "state_dict" not in str(error):
             raise
         problems = [line.strip() for line in str(error).splitlines()[1:] if line.strip()]
-        raise CheckpointError(
-            f"the weights are of another model than {variant} as built here: {' '.join(problems)[:400]}"
-        ) from error
+        raise CheckpointError(f"the weights do not fit this {variant}: {' '.join(problems)[:400]}") from error
     # The weights are in the model now; the configuration need not keep a second copy.
     (getattr(model, "pretrained_cfg", None) or {}).pop("state_dict", None)
     return model

@@ -18,7 +18,7 @@ GLOBAL_POOLS = {
 
 
 def checked_pool(global_pool: str | None, default: str, class_token: str) -> str:
-    """The pooling asked for, or the default.
+    """The given pooling, or the default.
 
     Raises:
         ValueError: there is no such pooling, or not the special tokens that it needs.
@@ -95,7 +95,7 @@ def embed_tokens(
         temporal_pos_embed: (1, frames, D) added to the patches of each frame, or None.
         class_token: where the rows of class tokens in `pos_embed` are, see `special_positions`.
         layout: of the sequence.
-        own_grid: rows and columns that `pos_embed` stands for.
+        own_grid: rows and columns of `pos_embed`.
         antialias: see `resample_pos_embed`.
     """
     tokens = patches
@@ -126,7 +126,7 @@ def drop_tokens(tokens: torch.Tensor, dropped: torch.Tensor, layout: TokenLayout
 
 @register_notrace_function
 def place_class_token(layout: TokenLayout, at_random: bool) -> TokenLayout:
-    """The layout, with its class token at a random index if asked for.
+    """The layout, with its class token at a random index on request.
 
     Raises:
         ValueError: that is asked of a layout that does not have exactly one class token.
@@ -145,7 +145,7 @@ def place_class_token(layout: TokenLayout, at_random: bool) -> TokenLayout:
 def order_tokens(
     tokens: torch.Tensor, layout: TokenLayout, at_random: bool, fixed: bool
 ) -> tuple[torch.Tensor, TokenLayout]:
-    """The sequence (B, L, D), shuffled if asked for, and the layout that says where its class tokens are now.
+    """The sequence (B, L, D), shuffled on request, and the layout that says where its class tokens are now.
 
     Raises:
         ValueError: what follows depends on the order (`fixed`), so that it cannot be shuffled.
@@ -175,7 +175,7 @@ def rotate_tokens(
         tokens: the sequence.
         layout: of the sequence.
         cos, sin: tables (M, D) of `own_grid`; those of another grid are made on the fly.
-        own_grid: rows and columns that the tables stand for.
+        own_grid: rows and columns of the tables.
         pretrain_side: see `rotary_tables`.
     """
     if layout.grid[0] != own_grid[0] or layout.grid[1] != own_grid[1]:

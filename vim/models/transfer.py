@@ -24,7 +24,7 @@ def fit_state_dict(
     Args:
         state_dict: names and tensors.
         model: for which.
-        grid: rows and columns that the position embedding stands for; None means a guess, which the log says: the
+        grid: rows and columns of the position embedding; None means a guess, which is logged: the
             model's own if it has as many patches, else a square.
 
     Raises:
@@ -51,7 +51,7 @@ def fit_state_dict(
                 *own_grid,
             )
     if model.rope is not None:
-        # Rotary tables follow from the grid; those of the file may stand for another one.
+        # Rotary tables follow from the grid; those of the file may belong to another one.
         state_dict["rope.freqs_cos"], state_dict["rope.freqs_sin"] = model.rope.freqs_cos, model.rope.freqs_sin
     return state_dict
 

@@ -62,7 +62,7 @@ class VisionMamba(TimmContract):
         rms_norm: RMSNorm, else LayerNorm.
         fused_add_norm: accepted for the published signature; the residual add is always fused with the norm.
         residual_in_fp32: keep the residual stream in float32.
-        pt_hw_seq_len: side of the grid that rotary frequencies stand for.
+        pt_hw_seq_len: side of the grid of the rotary frequencies.
         if_bidirectional: blocks work in pairs, the second on the reversed sequence.
         final_pool_type: "mean", "max" (of logits), "none" (last token) or "all" (logits of every token); without a
             class token.
@@ -384,7 +384,7 @@ class VisionMamba(TimmContract):
         The pools "" and "max" act after the head, per token, so their features keep the token axis (B, L, D).
         """
         if self.merge_ratio > 0.0 and self.class_token == "spread":
-            raise ValueError("merged registers stand where forward alone knows: call the model, or use merge_ratio=0")
+            raise ValueError("only forward knows where merged registers are: call the model, or use merge_ratio=0")
         layout = self._layout(self.patch_embed.grid_size, 1)
         pooled = self._reduce(pool_features(x, layout, self.class_token, self.global_pool))
         return pooled if pre_logits else self._classify(pooled)
@@ -425,7 +425,7 @@ class VisionMamba(TimmContract):
             indices: the last n blocks if an int, all if None, else these.
             return_prefix_tokens: give pairs (map, class tokens (B, K, D)).
             norm: apply the final norm to each map.
-            stop_early: do not run blocks after the last one asked for.
+            stop_early: do not run blocks after the last requested one.
             output_fmt: "NCHW" maps (B, D, rows, columns) or "NLC" tokens (B, M, D).
             intermediates_only: give the list alone.
 

@@ -15,25 +15,25 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def directions(randn, dim, rank, dstate, *, kind):
+def make_directions(randn, dim, rank, dstate, *, kind):
     def normal(*shape):
         return (0.5 * randn(shape)).requires_grad_()
 
-    def poles():
+    def make_A():
         return (-4 * randn(dim, dstate).sigmoid()).requires_grad_()
 
     return [
         Direction(
-            normal(dim, 4), normal(dim), normal(rank + 2 * dstate, dim), normal(dim, rank), normal(dim), poles(),
-            normal(dim), reverse=reverse, A_back=poles() if kind == "v1" else None,
+            normal(dim, 4), normal(dim), normal(rank + 2 * dstate, dim), normal(dim, rank), normal(dim), make_A(),
+            normal(dim), reverse=reverse, A_back=make_A() if kind == "v1" else None,
         )
         for reverse in ((False, True) if kind == "v2" else (False,))
     ]  # fmt: skip
 
 
-def outputs(xz, ways, dout):
-    leaves = [xz, *(t for way in ways for t in vars(way).values() if isinstance(t, torch.Tensor))]
-    out = mixer(xz, ways, scale=0.5)
+def outputs(xz, directions, dout):
+    leaves = [xz, *(t for direction in directions for t in vars(direction).values() if isinstance(t, torch.Tensor))]
+    out = mixer(xz, directions, scale=0.5)
     return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
 
 
@@ -53,16 +53,16 @@ def test_matches_the_reference_operators(kind, chunked, dtype, monkeypatch):
     if chunked:
         monkeypatch.setattr(scan, "MIN_CHUNK", 8)
         monkeypatch.setattr(triton_runtime, "multiprocessors", lambda x: 4)
-    ways = directions(randn, dim, 3, 4, kind=kind)
+    directions = make_directions(randn, dim, 3, 4, kind=kind)
     xz = randn(batch, seqlen, 2 * dim).to(dtype).requires_grad_()
     dout = randn(batch, seqlen, dim).to(dtype)
     with use_backend("reference"):
-        expected = outputs(xz, ways, dout)
+        expected = outputs(xz, directions, dout)
     with use_backend("triton"):
-        actual = outputs(xz, ways, dout)
-        assert triton.why_not(xz, ways) is None
-        _, saved = triton.forward(xz.detach(), ways, scale=0.5, save=True)
-    assert [(t.shape, t.dtype) for t in saved] == triton.saved_shapes(xz, ways)
+        actual = outputs(xz, directions, dout)
+        assert triton.why_not(xz, directions) is None
+        _, saved = triton.forward(xz.detach(), directions, scale=0.5, save=True)
+    assert [(t.shape, t.dtype) for t in saved] == triton.saved_shapes(xz, directions)
     # Float32: sums of a few hundred terms in another order, through four matrix products: 1e-5 in the norm. Bfloat16:
     # results are rounded at about ten places on either side, by up to 2^-7 in the interpreter (it cuts bits off); as
     # independent errors of half of that they come to 2^-8 * sqrt(20) = 0.017, and sums over tokens cancel.
