@@ -19,21 +19,21 @@ extern __shared__ float4 vim_shared_memory[];
 namespace vim {
 
 // A barrier among THREADS threads of a block, all that come with this ID (1 to 15).
-template <int ID, int THREADS>
-VIM_DEVICE void sync_part() {
-    asm volatile("bar.sync %0, %1;" ::"n"(ID), "n"(THREADS) : "memory");
+template <int ID, int THREADS> VIM_DEVICE void sync_part() {
+  asm volatile("bar.sync %0, %1;" ::"n"(ID), "n"(THREADS) : "memory");
 }
 
 template <typename Args>
-int launch(void (*kernel)(Args), dim3 grid, int threads, size_t shared_bytes, void* stream, const Args& args) {
-    if (shared_bytes > 48 * 1024) {
-        // Above 48 KiB a kernel has to ask. The attribute is per device, so it is set at every launch: it is cheap.
-        cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                 static_cast<int>(shared_bytes));
-        if (error != cudaSuccess) return error;
-    }
-    kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(args);
-    return cudaGetLastError();
+int launch(void (*kernel)(Args), dim3 grid, int threads, size_t shared_bytes, void *stream, const Args &args) {
+  if (shared_bytes > 48 * 1024) {
+    // Above 48 KiB a kernel has to ask. The attribute is per device, so it is set at every launch: it is cheap.
+    cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (error != cudaSuccess)
+      return error;
+  }
+  kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(args);
+  return cudaGetLastError();
 }
 
 }  // namespace vim

@@ -13,7 +13,7 @@ typedef void (*Task)(const void *args, int64_t index, int64_t worker);
 void parallel(int64_t count, int64_t threads, Task task, const void *args);
 
 // How this thread's calls of `parallel` get their threads from now on: run(context, body, data, threads) calls body(data) on up
-// to `threads` threads and returns when all have; null goes back to the usual way.
+// to `threads` threads and returns when all have; null restores the default.
 typedef void (*Runner)(void *context, void (*body)(void *), void *data, int64_t threads);
 void use_runner(Runner run, void *context);
 
@@ -21,7 +21,7 @@ void use_runner(Runner run, void *context);
 // Each slot (0 to 3) is one buffer; its content is lost when the slot is asked for again.
 void *scratch(int slot, size_t bytes);
 
-// 0 baseline, 1 AVX2 with FMA, 2 AVX-512: the best one here, or the one that VIM_CPU_ISA forces. Negative: an error.
+// 0 baseline, 1 AVX2 with FMA, 2 AVX-512: the best one of this machine, or the one that VIM_CPU_ISA forces. Negative: an error.
 int isa();
 
 }  // namespace vim

@@ -79,9 +79,7 @@ VIM_INLINE float sum_lanes(vf v) {
 #endif
 
 // One level of a transposing sum: lanes without bit W get a's pair sums, lanes with it b's.
-template <int W> VIM_INLINE vf fold(vf a, vf b) {
-  return VIM_SHUFFLE(a, b, VIM_KEEP) + VIM_SHUFFLE(a, b, VIM_SWAP);
-}
+template <int W> VIM_INLINE vf fold(vf a, vf b) { return VIM_SHUFFLE(a, b, VIM_KEEP) + VIM_SHUFFLE(a, b, VIM_SWAP); }
 
 // Rows and columns of LANES vectors exchanged, level by level: blocks of W rows and W columns off the diagonal change
 // places.

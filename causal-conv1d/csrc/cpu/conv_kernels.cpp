@@ -6,7 +6,7 @@
 namespace {
 
 constexpr int64_t CHANNELS = 64;  // per backward task
-constexpr int64_t ROWS = 8;       // channels per task, channel-first
+constexpr int64_t ROWS = 8;  // channels per task, channel-first
 
 struct ForwardCall {
   const ConvArgs &a;
@@ -160,7 +160,8 @@ void load_extended(float *extended, const ConvArgs &a, int64_t item, int64_t cha
 }
 
 // W is the width, or 0 for any.
-template <int W> VIM_INLINE void convolve_row(float *to, const float *extended, const ConvArgs &a, int64_t channel, bool gate) {
+template <int W>
+VIM_INLINE void convolve_row(float *to, const float *extended, const ConvArgs &a, int64_t channel, bool gate) {
   const int64_t w = W ? W : a.width;
   const vf bias = broadcast(a.bias ? a.bias[channel] : 0.0f);
   const float *tap[W ? W : MAX_WIDTH];
@@ -218,7 +219,8 @@ void backward_rows_task(const void *args, int64_t task, int64_t) {
   const int64_t item = task / call.slabs, first = task % call.slabs * ROWS, w = a.width, before = w - 1;
   const int64_t size = row_size(a), end = a.len + before;
   float *extended = (float *)vim::scratch(0, (size_t)(4 * size) * 4), *zeros_and_g = extended + size;
-  float *dx = zeros_and_g + size, *earlier = dx + size, *g = zeros_and_g + before, *tokens = a.reverse ? dx : dx + before;
+  float *dx = zeros_and_g + size, *earlier = dx + size, *g = zeros_and_g + before,
+        *tokens = a.reverse ? dx : dx + before;
   for (int64_t c = first; c < min_of(first + ROWS, a.dim); ++c) {
     load_extended(extended, a, item, c);
     load_row(g, row(a.out, item, c, 0), a.out.dtype, a.len);
@@ -268,4 +270,4 @@ void (*conv_forward)(const ConvArgs *) = forward;
 void (*conv_backward)(const ConvArgs *) = backward;
 void (*conv_rows_forward)(const ConvArgs *) = forward_rows;
 void (*conv_rows_backward)(const ConvArgs *) = backward_rows;
-}
+}  // namespace VIM_ISA

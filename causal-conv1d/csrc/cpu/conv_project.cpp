@@ -4,7 +4,8 @@
 
 namespace {
 
-constexpr int64_t INPUTS = 128;  // channels of the projection's weight at a time, so that they stay in the first-level cache
+constexpr int64_t INPUTS =
+    128;  // channels of the projection's weight at a time, so that they stay in the first-level cache
 constexpr int VECTORS = 3, ROWS = LANES == 16 ? 8 : 4;  // of a block of results in registers
 
 struct Call {
@@ -16,9 +17,8 @@ struct Call {
 
 // to (ROWS, VECS vectors) += rows of `from` (ROWS, count) times weight (count, VECS vectors). Meanwhile the next chunk's
 // part of x comes from memory: ROWS rows at `ahead`, `stride` bytes apart, count * 4 bytes of each.
-template <int VECS>
-VIM_INLINE void multiply(float *to, const float *const *from, const float *weight, int64_t wide, int64_t count,
-                         const char *ahead, int64_t stride) {
+template <int VECS> VIM_INLINE void multiply(float *to, const float *const *from, const float *weight, int64_t wide,
+                                             int64_t count, const char *ahead, int64_t stride) {
   vf sum[ROWS][VECS];
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r)

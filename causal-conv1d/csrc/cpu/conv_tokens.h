@@ -31,7 +31,8 @@ const float *input_row(float *spare, const ConvArgs &a, int64_t item, int64_t i,
       return (const float *)from;
     load_row(spare, from, a.x.dtype, count);
   } else if (a.initial) {
-    load_row(spare, (const char *)(a.initial + (item * (a.width - 1) + i + a.width - 1) * a.dim + first), kFloat32, count);
+    load_row(spare, (const char *)(a.initial + (item * (a.width - 1) + i + a.width - 1) * a.dim + first), kFloat32,
+             count);
   } else {
     memset(spare, 0, (size_t)padded(count) * 4);
   }
@@ -55,9 +56,8 @@ struct Window {
   }
 };
 
-template <int WIDTH>
-VIM_INLINE vf convolve(const float *const *tap, const float *weights, const float *bias, int64_t wide, int64_t c,
-                       int64_t width) {
+template <int WIDTH> VIM_INLINE vf convolve(const float *const *tap, const float *weights, const float *bias,
+                                            int64_t wide, int64_t c, int64_t width) {
   const int64_t w = WIDTH ? WIDTH : width;
   vf r = load(bias + c);
 #pragma GCC unroll 4
@@ -71,8 +71,8 @@ VIM_INLINE int64_t window_floats(const ConvArgs &a) { return a.width * padded(a.
 VIM_INLINE int64_t weight_floats(const ConvArgs &a) { return (a.width + 1) * padded(a.dim); }
 
 // Tokens [start, stop) in scan order of one batch item. WIDTH: the convolution's width if known when compiling, or 0.
-template <int WIDTH>
-void convolve_tokens(const ConvArgs &a, const float *weights, float *copies, int64_t item, int64_t start, int64_t stop) {
+template <int WIDTH> void convolve_tokens(const ConvArgs &a, const float *weights, float *copies, int64_t item,
+                                          int64_t start, int64_t stop) {
   const int64_t wide = padded(a.dim), w = WIDTH ? WIDTH : a.width;
   const float *bias = weights + w * wide;
   Window window{{}, copies, w, wide};
@@ -105,8 +105,10 @@ void convolve_tokens(const ConvArgs &a, const float *weights, float *copies, int
 typedef void (*ConvolveTokens)(const ConvArgs &, const float *, float *, int64_t, int64_t, int64_t);
 
 ConvolveTokens convolve_for(int64_t width) {
-  return width == 4 ? convolve_tokens<4> : width == 3 ? convolve_tokens<3> : width == 2 ? convolve_tokens<2>
-                                                                                        : convolve_tokens<0>;
+  return width == 4   ? convolve_tokens<4>
+         : width == 3 ? convolve_tokens<3>
+         : width == 2 ? convolve_tokens<2>
+                      : convolve_tokens<0>;
 }
 
 }  // namespace

@@ -15,7 +15,7 @@ struct NormArgs {
   char *residual_out;  // backward: the new residual, read
   int64_t residual_out_dtype;
   const float *weight, *bias;  // (dim)
-  float *mean, *rstd;          // (rows); mean null for RMSNorm; rstd null if not wanted; backward reads both
+  float *mean, *rstd;          // (rows); mean null for RMSNorm; rstd null if it is not needed; backward reads both
   float *dresidual;            // backward: dx in float32, or null
   float *dweight, *dbias;      // backward; dbias may be null
 };

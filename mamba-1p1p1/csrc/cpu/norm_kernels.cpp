@@ -6,7 +6,7 @@
 
 namespace {
 
-constexpr int64_t ROWS = 32;           // per task
+constexpr int64_t ROWS = 32;  // per task
 constexpr int64_t MOST_PARTIALS = 64;  // partial sums of the weight gradient, a number that depends on the rows only
 
 // Row i as floats with whole vectors readable: the tensor itself if it is float32 and the row whole vectors, else a copy.
@@ -142,4 +142,4 @@ void backward(const NormArgs *args) {
 namespace VIM_ISA {
 void (*norm_forward)(const NormArgs *) = forward;
 void (*norm_backward)(const NormArgs *) = backward;
-}
+}  // namespace VIM_ISA

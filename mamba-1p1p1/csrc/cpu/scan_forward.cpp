@@ -1,7 +1,7 @@
 // Forward pass of the selective scan. Loop order: chunks of tokens outermost, then blocks of channels, then tokens, then
 // states: B and C of a chunk are read once for all channels, and the state of a block stays in registers over a chunk.
 
-#include "scan_tile.h"
+#include "scan_states.h"
 
 namespace {
 

@@ -1,7 +1,7 @@
 // Selective scan on the GPU: arguments of the C interface (mirrored by ctypes in selective_scan/cuda.py) and launch arithmetic.
 //
 // Token-major tensors (batch, token, channel) with channel stride 1; other strides are free, in elements. Tokens are cut
-// into tiles of kTile; tile j holds tokens [16 j, 16 j + 16) whichever way the scan runs, and boundary state j is the
+// into tiles of kTile; tile j holds tokens [16 j, 16 j + 16) in either direction of the scan, and boundary state j is the
 // state on entering tile j in the direction of the scan.
 #pragma once
 

@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kBackwardThreads, STATES == 16 ? kBackwardBloc
                                     : B[static_cast<int64_t>(t) * static_cast<int>(in.B_token) + n];
         }
     };
-    // The tile is whole when all threads have left here.
+    // The tile is whole when all threads have passed this point.
     auto arrive = [&](int buffer) {
 #pragma unroll
         for (int k = 0; k < kStage; ++k) {
@@ -237,6 +237,11 @@ __global__ void __launch_bounds__(kBackwardThreads, STATES == 16 ? kBackwardBloc
                 each([&](int n) { input[n] = step.x * b[n]; });
                 each([&](int n) { state[i][n] = fmaf(decay[n], before[n], input[n]); });
             }
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+            // For these GPUs nvcc would keep the 64 decays of the loop above, for which two blocks a multiprocessor leave no
+            // registers: they went through local memory. Steps that are read anew make it recompute them.
+            if (STATES == 16) asm volatile("" ::: "memory");
+#endif
             float input_sums[kLanes], step_sums[kLanes];
 #pragma unroll
             for (int i = kTile - 1; i >= 0; --i) {

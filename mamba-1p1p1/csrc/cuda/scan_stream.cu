@@ -1,4 +1,4 @@
-// Selective scan, forward, for 16 states and channels by the 32 (Vim's own shapes): the arithmetic of scan_forward.cu, fed by
+// Selective scan, forward, for 16 states and a multiple of 32 channels, as Vim has: the arithmetic of scan_forward.cu, fed by
 // asynchronous copies of whole tiles into shared memory, so that no register waits for memory.
 //
 // Four lanes share a pair of channels, each with a quarter of its states, and take four tokens at a time. What is per token
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kDirectionThreads* DIRECTIONS, kForwardWarps /
     Tiles<T>& shared = reinterpret_cast<Tiles<T>*>(vim_shared_memory)[direction_index];
 
     // What this thread brings in of every tile: of u, delta and z, 16 bytes of row `piece_row` (and of the row 8 on, in float32);
-    // of B | C, which become float32 on the way and so go through registers, four elements of every kBcApart-th row.
+    // of B | C, which become float32 and so go through registers, four elements of every kBcApart-th row.
     constexpr int kPieces = kChannels * size / 16;  // of a row
     constexpr int kCopies = kPieces * kTile / kDirectionThreads;
     constexpr int kBcPieces = kChannels / 4;
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kDirectionThreads* DIRECTIONS, kForwardWarps /
         ++copied;
     };
 
-    // The next tile is whole when all threads of the direction have left here.
+    // The next tile is whole when all threads of the direction have passed this point.
     auto arrive = [&] {
 #pragma unroll
         for (int k = 0; k < kBcCopies; ++k)
