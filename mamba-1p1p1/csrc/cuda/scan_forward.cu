@@ -10,9 +10,8 @@
 #include <initializer_list>
 #include <type_traits>
 
-#include "common/reduce.h"
+#include "scan_lane.h"
 #include "scan_stream.h"
-#include "scan_walk.h"
 
 namespace vim {
 namespace {
@@ -53,14 +52,13 @@ __global__ void __launch_bounds__(kDirectionThreads* DIRECTIONS, NPL == 4 ? kFor
     using Steps = Pack<float, 2 * CPT>;
     constexpr int kStates = NPL * kLanes;
     constexpr int kRow = 2 * kStates;  // B | C of a token
-    constexpr int kPairs = 32 / kLanes;
     constexpr int kStage = kTile * kRow / kDirectionThreads;  // elements of a tile of B and C that a thread brings in
     constexpr int kGroups = kTile / kLanes;
     const int direction_index = DIRECTIONS == 1 ? 0 : static_cast<int>(threadIdx.x) / kDirectionThreads;
     const int thread = static_cast<int>(threadIdx.x) - direction_index * kDirectionThreads;
     const int warp = static_cast<int>(threadIdx.x) / 32;
-    const int column = thread % kPairs;  // which channels of the warp's
-    const int part = thread % 32 / kPairs;  // which states of theirs, and which token of each four
+    const int column = thread % kWarpColumns;  // which channels of the warp's
+    const int part = thread % 32 / kWarpColumns;  // which states of theirs, and which token of each four
     const ScanDirection& direction = args.direction[DIRECTIONS == 1 ? 0 : direction_index];
     const bool reverse = direction.reverse != 0;
     const int dstate = args.dstate;
@@ -71,7 +69,7 @@ __global__ void __launch_bounds__(kDirectionThreads* DIRECTIONS, NPL == 4 ? kFor
     const int channel_tiles = static_cast<int>(ceil_div(group_dim, kChannels));
     const int group = static_cast<int>(blockIdx.x) / channel_tiles;
     const int in_group =
-        (static_cast<int>(blockIdx.x) % channel_tiles) * kChannels + (thread / 32 * kPairs + column) * CPT;
+        (static_cast<int>(blockIdx.x) % channel_tiles) * kChannels + (thread / 32 * kWarpColumns + column) * CPT;
     const bool live = in_group < group_dim;  // CPT divides group_dim: a lane's channels are all live or all dead
     const int channel = group * group_dim + (live ? in_group : 0);
     const int64_t batch = blockIdx.y;
@@ -227,10 +225,7 @@ __global__ void __launch_bounds__(kDirectionThreads* DIRECTIONS, NPL == 4 ? kFor
                 Steps own;
 #pragma unroll
                 for (int c = 0; c < CPT; ++c) {
-                    const float raw = now_delta[c] + bias[c];
-                    const float positive = softplus(raw);
-                    float dt = args.softplus != 0 ? positive : raw;
-                    if (!inside) dt = 0.0f;  // past the end the state stays as it is
+                    const float dt = step_of(now_delta[c], bias[c], args.softplus, inside);
                     if (STATES_ONLY) step_sum[c] += dt;
                     own.values[2 * c] = dt;
                     own.values[2 * c + 1] = dt * now_u[c];
@@ -238,13 +233,13 @@ __global__ void __launch_bounds__(kDirectionThreads* DIRECTIONS, NPL == 4 ? kFor
                 // Two sets of steps, in turn: a lane that is ahead by one group overwrites none that another still reads.
                 Steps* const steps_of_group = steps_of_warp + slot + column;
                 slot ^= 32;
-                steps_of_group[part * kPairs] = own;
+                steps_of_group[part * kWarpColumns] = own;
                 __syncwarp();
 
                 float y[CPT][kLanes];
 #pragma unroll
                 for (int j = 0; j < kLanes; ++j) {
-                    const Steps now = steps_of_group[j * kPairs];
+                    const Steps now = steps_of_group[j * kWarpColumns];
 #pragma unroll
                     for (int c = 0; c < CPT; ++c) y[c][j] = 0.0f;
 #pragma unroll
@@ -274,33 +269,17 @@ __global__ void __launch_bounds__(kDirectionThreads* DIRECTIONS, NPL == 4 ? kFor
                 next_row += kLanes * kRow;
                 t += onward * kLanes;
                 if (STATES_ONLY) continue;
-                // Lane `part` is left with the sum of token `part`.
                 float value[CPT];
-#pragma unroll
-                for (int c = 0; c < CPT; ++c) {
-                    reduce_scatter<2 * kPairs, kPairs>(y[c], part * kPairs);
-                    value[c] = y[c][0];
-                    value[c] = fmaf(skip[c], now_u[c], value[c]);
-                    if (DIRECTIONS == 2) value[c] += other[c];
-                }
+                sum_parts<DIRECTIONS>(value, y, part, skip, now_u, other);
                 if (keeps) {
-                    Pack<T, CPT> sum;
-#pragma unroll
-                    for (int c = 0; c < CPT; ++c) sum.values[c] = from_float<T>(value[c] * args.scale);
-                    if (complete && live && inside) *reinterpret_cast<Pack<T, CPT>*>(ungated) = sum;
+                    store_pack<T>(ungated, value, args.scale, complete && live && inside);
                     ungated += ungated_step;
                 }
                 if (complete && gated) {
 #pragma unroll
                     for (int c = 0; c < CPT; ++c) value[c] *= silu(gate[c]);
                 }
-                Pack<T, CPT> result;
-#pragma unroll
-                for (int c = 0; c < CPT; ++c) {
-                    value[c] *= complete ? args.scale : 1.0f;
-                    result.values[c] = from_float<T>(DIRECTIONS == 1 ? value[c] + other[c] : value[c]);
-                }
-                if (live && inside) *reinterpret_cast<Pack<T, CPT>*>(out) = result;
+                store_output<T, DIRECTIONS>(out, value, args.scale, other, complete, live && inside);
                 z += z_step;
                 out += out_step;
                 if (added) addend += addend_step;
@@ -309,30 +288,8 @@ __global__ void __launch_bounds__(kDirectionThreads* DIRECTIONS, NPL == 4 ? kFor
         __syncthreads();
     }
 
-#pragma unroll
-    for (int c = 0; c < CPT; ++c) {
-        if (STATES_ONLY) {
-            step_sum[c] += __shfl_xor_sync(0xffffffffu, step_sum[c], kPairs);
-            step_sum[c] += __shfl_xor_sync(0xffffffffu, step_sum[c], 2 * kPairs);
-        }
-        if (!live) continue;
-        if (STATES_ONLY) {
-            // What the chunk reaches from zero goes where the next chunk of the walk looks for the state it enters with.
-            if (part == 0)
-                args.chunk_steps[((direction_index * args.batch + batch) * walk.chunks + walk.chunk) * dim + channel +
-                                 c] = step_sum[c];
-            const int next = reverse ? walk.tile_begin - 1 : walk.tile_end;
-            if (next < 0 || next >= walk.total_tiles) continue;
-#pragma unroll
-            for (int n = 0; n < NPL; ++n) boundary_row(next, c)[n] = state[c][n];
-        } else if (direction.last_state != nullptr &&
-                   (reverse ? walk.tile_begin == 0 : walk.tile_end == walk.total_tiles)) {
-#pragma unroll
-            for (int n = 0; n < NPL; ++n)
-                if (part * NPL + n < dstate)
-                    direction.last_state[(batch * dim + channel + c) * dstate + part * NPL + n] = state[c][n];
-        }
-    }
+    leave<STATES_ONLY>(args, direction, direction_index, walk, batch, dim, channel, part, dstate, live, state, step_sum,
+                       boundary_row);
 }
 
 // Between the two passes over a long sequence: turns the state that each chunk reaches from zero into the state that the

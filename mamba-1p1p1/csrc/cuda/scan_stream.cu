@@ -9,15 +9,13 @@
 #include <type_traits>
 
 #include "async_copy.h"
+#include "scan_lane.h"
 #include "scan_stream.h"
-#include "scan_walk.h"
-#include "common/reduce.h"
 
 namespace vim {
 namespace {
 
 constexpr int kQuarter = 4;  // states of a lane
-constexpr int kPairs = 32 / kLanes;  // pairs of channels of a warp
 constexpr int kChannels = kStreamChannels;  // of a block
 constexpr int kStates = kQuarter * kLanes;
 constexpr int kGroups = kTile / kLanes;
@@ -68,14 +66,14 @@ __global__ void __launch_bounds__(kDirectionThreads* DIRECTIONS, kForwardWarps /
     const int direction_index = DIRECTIONS == 1 ? 0 : static_cast<int>(threadIdx.x) / kDirectionThreads;
     const int thread = static_cast<int>(threadIdx.x) - direction_index * kDirectionThreads;
     const int warp = thread / 32;
-    const int column = thread % kPairs;  // which pair of the warp's
-    const int part = thread % 32 / kPairs;  // which states of theirs, and which token of each four
+    const int column = thread % kWarpColumns;  // which pair of the warp's
+    const int part = thread % 32 / kWarpColumns;  // which states of theirs, and which token of each four
     const ScanDirection& direction = args.direction[DIRECTIONS == 1 ? 0 : direction_index];
     const bool reverse = direction.reverse != 0;
     const int dim = static_cast<int>(args.dim);
     const int first_channel = static_cast<int>(blockIdx.x) * kChannels;
     const int group = first_channel / (dim / args.groups);
-    const int in_block = (warp * kPairs + column) * 2;
+    const int in_block = (warp * kWarpColumns + column) * 2;
     const int channel = first_channel + in_block;
     const int64_t batch = blockIdx.y;
 
@@ -232,19 +230,16 @@ __global__ void __launch_bounds__(kDirectionThreads* DIRECTIONS, kForwardWarps /
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
                 input[c] = inputs[c];
-                const float raw = raws[c] + bias[c];
-                const float positive = softplus(raw);
-                dt[c] = args.softplus != 0 ? positive : raw;
-                if (!inside) dt[c] = 0.0f;  // past the end the state stays as it is
+                dt[c] = step_of(raws[c], bias[c], args.softplus, inside);
                 if (STATES_ONLY) step_sum[c] += dt[c];
             }
             // Two sets of steps, in turn: a lane that is ahead by one group overwrites none that another still reads.
-            steps_of_column[slot + part * kPairs] = float4{dt[0], dt[0] * input[0], dt[1], dt[1] * input[1]};
+            steps_of_column[slot + part * kWarpColumns] = float4{dt[0], dt[0] * input[0], dt[1], dt[1] * input[1]};
             __syncwarp();
             float y[2][kLanes];
 #pragma unroll
             for (int j = 0; j < kLanes; ++j) {
-                const float4 now = steps_of_column[slot + j * kPairs];
+                const float4 now = steps_of_column[slot + j * kWarpColumns];
                 const float4 b = *reinterpret_cast<const float4*>(row + j * kChannels);
                 float4 weight = {0.0f, 0.0f, 0.0f, 0.0f};
                 if (!STATES_ONLY) weight = *reinterpret_cast<const float4*>(row + j * kChannels + kStates);
@@ -266,18 +261,10 @@ __global__ void __launch_bounds__(kDirectionThreads* DIRECTIONS, kForwardWarps /
             own_delta += kLanes * kChannels;
             row += kLanes * kChannels;
             if (STATES_ONLY) continue;
-            // Lane `part` is left with the sum of token `part`.
             float value[2];
-#pragma unroll
-            for (int c = 0; c < 2; ++c) {
-                reduce_scatter<2 * kPairs, kPairs>(y[c], part * kPairs);
-                value[c] = y[c][0];
-                value[c] = fmaf(skip[c], input[c], value[c]);
-                if (DIRECTIONS == 2) value[c] += other[c];
-            }
+            sum_parts<DIRECTIONS>(value, y, part, skip, input, other);
             if (ungated != nullptr) {
-                const Pack<T, 2> sum = {from_float<T>(value[0] * args.scale), from_float<T>(value[1] * args.scale)};
-                if (complete && inside) *reinterpret_cast<Pack<T, 2>*>(ungated) = sum;
+                store_pack<T>(ungated, value, args.scale, complete && inside);
                 ungated += ungated_step;
             }
             if (complete && gated) {
@@ -286,39 +273,15 @@ __global__ void __launch_bounds__(kDirectionThreads* DIRECTIONS, kForwardWarps /
                 for (int c = 0; c < 2; ++c) value[c] *= silu(gate[c]);
             }
             own_z += kLanes * kChannels;
-            Pack<T, 2> result;
-#pragma unroll
-            for (int c = 0; c < 2; ++c) {
-                value[c] *= complete ? args.scale : 1.0f;
-                result.values[c] = from_float<T>(DIRECTIONS == 1 ? value[c] + other[c] : value[c]);
-            }
-            if (inside) *reinterpret_cast<Pack<T, 2>*>(out) = result;
+            store_output<T, DIRECTIONS>(out, value, args.scale, other, complete, inside);
             out += out_step;
         }
         if (walked + 1 < tiles) arrive();
     }
     if (DIRECTIONS == 2 && meeting == tiles) __syncthreads();
 
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-        if (STATES_ONLY) {
-            step_sum[c] += __shfl_xor_sync(0xffffffffu, step_sum[c], kPairs);
-            step_sum[c] += __shfl_xor_sync(0xffffffffu, step_sum[c], 2 * kPairs);
-            // What the chunk reaches from zero goes where the next chunk of the walk looks for the state it enters with.
-            if (part == 0)
-                args.chunk_steps[((direction_index * args.batch + batch) * walk.chunks + walk.chunk) * dim + channel +
-                                 c] = step_sum[c];
-            const int next = reverse ? walk.tile_begin - 1 : walk.tile_end;
-            if (next < 0 || next >= walk.total_tiles) continue;
-#pragma unroll
-            for (int n = 0; n < kQuarter; ++n) boundary_row(next, c)[n] = state[c][n];
-        } else if (direction.last_state != nullptr &&
-                   (reverse ? walk.tile_begin == 0 : walk.tile_end == walk.total_tiles)) {
-#pragma unroll
-            for (int n = 0; n < kQuarter; ++n)
-                direction.last_state[(batch * dim + channel + c) * kStates + part * kQuarter + n] = state[c][n];
-        }
-    }
+    leave<STATES_ONLY>(args, direction, direction_index, walk, batch, dim, channel, part, kStates, true, state,
+                       step_sum, boundary_row);
 }
 
 template <typename T, int DIRECTIONS>
