@@ -6,8 +6,8 @@ from closeness import assert_close
 from cuda_testing import MAMBA_SOURCES, emulate, spills
 from mamba_ssm_vim.ops.selective_scan import cuda, reference
 
-# Bytes per thread that the compiler may keep in local memory. The backward scan's registers are bounded so that two blocks
-# share a multiprocessor; what gives way is used once per tile of 16 tokens.
+# Bytes per thread that the compiler may keep in local memory. The backward scan's registers are bounded so that two
+# blocks share a multiprocessor; what gives way is used once per tile of 16 tokens.
 SPILL_LIMIT = {
     "scan_forward.cu": 0,
     "scan_stream.cu": 0,
