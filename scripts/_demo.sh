@@ -8,11 +8,14 @@
 
 set -euo pipefail
 root="$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+# shellcheck source=scripts/_variables.sh
+source "$root/scripts/_variables.sh"
 
 demo() {
     # $1: "seg" or "det"; $2: config of the small model; then the command line
     local task="$1" config="$root/$1/configs/$2.py" folder="$root/output/$2"
     shift 2
+    clean CKPT CONFIG OUTPUT PYTHON
     if [ $# -lt 1 ] || [ ! -f "$1" ]; then
         echo "error: give an image: bash scripts/demo_$task.sh IMAGE" >&2
         exit 2
@@ -35,6 +38,6 @@ demo() {
         fi
         checkpoint="$(cat "$folder/last_checkpoint")"
     fi
-    "$python" "$root/$task/demo.py" "$1" "${CONFIG:-$config}" "$checkpoint" \
-        --out "${OUTPUT:-$root/output/demo_$task.png}" "${@:2}"
+    "$python" "$root/$task/demo.py" "$(path_of "$1")" "$(path_of "${CONFIG:-$config}")" "$(path_of "$checkpoint")" \
+        --out="${OUTPUT:-$root/output/demo_$task.png}" "${@:2}"
 }

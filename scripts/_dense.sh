@@ -12,11 +12,15 @@
 set -euo pipefail
 # -P: the scripts are also reached as vim/scripts, a link.
 root="$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+# shellcheck source=scripts/_variables.sh
+source "$root/scripts/_variables.sh"
 
 dense() {
     # $1: name of the launcher; $2: "seg" or "det"; $3: "train" or "test"; $4: config; then flags
     local name="$1" task="$2" kind="$3" config="$4" dry_run="" variable
     shift 4
+    processes
+    clean DATA OUTPUT FINETUNE CKPT CONFIG
     local flags=() arg
     for arg in "$@"; do
         if [ "$arg" = "--dry-run" ]; then dry_run=1; else flags+=("$arg"); fi
@@ -32,13 +36,14 @@ dense() {
         exit 2
     fi
     local checkpoint="${!variable}"
-    if [[ "$checkpoint" != hf-hub:* ]]; then checkpoint="$(realpath -m "$checkpoint")"; fi
+    if [[ "$checkpoint" != hf-hub:* ]]; then checkpoint="$(realpath -m -- "$checkpoint")"; fi
     local python="${PYTHON:-}"
     if [ -z "$python" ]; then
         python=python3
         if [ -x "$root/.venv/bin/python" ]; then python="$root/.venv/bin/python"; fi
     fi
     local gpus="${GPUS:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}"
+    gpus=$((10#$gpus))
     if [ "$gpus" -lt 1 ]; then gpus=1; fi
     local command=("$python") launcher=none
     if [ "$gpus" -gt 1 ] || [ "${NODES:-1}" -gt 1 ]; then
@@ -46,9 +51,9 @@ dense() {
         command+=(-m torch.distributed.run "--nnodes=${NODES:-1}" "--node-rank=${NODE_RANK:-0}"
             "--nproc-per-node=$gpus" "--master-addr=${MASTER_ADDR:-127.0.0.1}" "--master-port=${MASTER_PORT:-29500}")
     fi
-    command+=("$task/$kind.py" "${CONFIG:-$task/configs/$config.py}")
+    command+=("$task/$kind.py" "$(path_of "${CONFIG:-$task/configs/$config.py}")")
     if [ "$kind" = test ]; then command+=("$checkpoint"); else command+=(--finetune "$checkpoint"); fi
-    command+=(--data-root "$(realpath -m "$DATA")" --work-dir "$(realpath -m "${OUTPUT:-$root/output/$name}")"
+    command+=(--data-root "$(realpath -m -- "$DATA")" --work-dir "$(realpath -m -- "${OUTPUT:-$root/output/$name}")"
         --launcher "$launcher" "${flags[@]}")
     cd "$root"
     if [ -n "$dry_run" ]; then

@@ -10,6 +10,11 @@
 set -euo pipefail
 # -P: the scripts are also reached as vim/scripts, a link.
 root="$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+# shellcheck source=scripts/_variables.sh
+source "$root/scripts/_variables.sh"
+processes
+clean DATA OUTPUT FINETUNE CKPT MODEL STAGE
+one_word MODEL
 
 launch() {
     # $1: name of the run; $2: "train" or "eval"; then flags of main.py
@@ -20,8 +25,8 @@ launch() {
         if [ "$arg" = "--dry-run" ]; then dry_run=1; else flags+=("$arg"); fi
     done
     if [ -n "${DATA:-}" ]; then
-        data=(--data-path "$(realpath -m "$DATA")")
-    elif [[ " $* " != *" --data-set FMNIST "* ]]; then
+        data=(--data-path "$(realpath -m -- "$DATA")")
+    elif [[ ! " $* " =~ " --data"[-_]"set"[=\ ]"FMNIST " ]]; then
         echo "error: DATA is not set: DATA=/path/to/imagenet bash scripts/$name.sh" >&2
         exit 2
     fi
@@ -31,6 +36,7 @@ launch() {
         if [ -x "$root/.venv/bin/python" ]; then python="$root/.venv/bin/python"; fi
     fi
     local gpus="${GPUS:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}"
+    gpus=$((10#$gpus))
     if [ "$gpus" -lt 1 ]; then gpus=1; fi
     local command=("$python")
     if [ "$gpus" -gt 1 ] || [ "${NODES:-1}" -gt 1 ]; then
@@ -39,7 +45,7 @@ launch() {
     fi
     command+=(main.py "${data[@]}")
     if [ "$kind" = train ]; then
-        command+=(--output-dir "$(realpath -m "${OUTPUT:-$root/output/$name}")")
+        command+=(--output-dir "$(realpath -m -- "${OUTPUT:-$root/output/$name}")")
     fi
     command+=("${flags[@]}")
     cd "$root/vim"
@@ -57,5 +63,5 @@ need() {
         echo "error: $1 is not set: $1=/path/to/checkpoint.pth DATA=/path/to/imagenet bash scripts/$2.sh" >&2
         exit 2
     fi
-    realpath -m "${!1}"
+    realpath -m -- "${!1}"
 }

@@ -9,6 +9,9 @@
 set -euo pipefail
 # -P: the scripts are also reached as vim/scripts, a link.
 root="$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+# shellcheck source=scripts/_variables.sh
+source "$root/scripts/_variables.sh"
+clean CKPT OUTPUT PYTHON
 if [ $# -lt 1 ]; then
     echo "error: give an image: bash scripts/predict.sh IMAGE..." >&2
     exit 2
@@ -23,4 +26,5 @@ if [ -z "$python" ]; then
     python=python3
     if [ -x "$root/.venv/bin/python" ]; then python="$root/.venv/bin/python"; fi
 fi
-exec "$python" -m vim.analysis.predict --checkpoint "$checkpoint" --out "${OUTPUT:-$root/output/predictions.png}" "$@"
+exec "$python" -m vim.analysis.predict --checkpoint="$checkpoint" \
+    --out="${OUTPUT:-$root/output/predictions.png}" "$@"

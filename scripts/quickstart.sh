@@ -5,7 +5,10 @@
 source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
 install_project ""
 
-output="${OUTPUT:-output/quickstart}"
+# shellcheck source=scripts/_variables.sh
+source scripts/_variables.sh
+clean OUTPUT DEVICE
+output="$(path_of "${OUTPUT:-output/quickstart}")"
 mkdir -p "$output"
 # A relative folder counts from where the command was typed, not from vim/.
 output="$(cd "$output" && pwd)"
@@ -14,7 +17,7 @@ rm -f "$output/log.txt"
 echo "== training"
 cd vim
 SECONDS=0
-../.venv/bin/python main.py --config recipes/quickstart.yaml --device "${DEVICE:-cuda}" --output-dir "$output" "$@"
+../.venv/bin/python main.py --config recipes/quickstart.yaml --device="${DEVICE:-cuda}" --output-dir "$output" "$@"
 echo "== trained in $SECONDS s; evaluating"
 ../.venv/bin/python main.py --eval --resume "$output/checkpoint.pth"
 ../.venv/bin/python -m vim.analysis.report "$output"

@@ -209,6 +209,22 @@ def test_loader_process_killed(second, sentence, monkeypatch):
     assert "--num_workers" in error
 
 
+def test_loader_process_outlives_the_signals_of_its_group(argv, monkeypatch):
+    """Terminals and schedulers send Ctrl-C and SIGTERM to all processes of a run, and the run may need its batches."""
+
+    def signalled(*args, decode=images.decode, **kwargs):
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), signum)
+        return decode(*args, **kwargs)
+
+    def only_in_a_worker(*args, **kwargs):
+        assert torch.utils.data.get_worker_info() is not None
+        return signalled(*args, **kwargs)
+
+    monkeypatch.setattr("vim.data.datasets.decode", only_in_a_worker)
+    assert run.main([*argv, "--num_workers", "1"]) == 0
+
+
 def test_shared_memory_full(argv, sentence, monkeypatch):
     def full(_):
         raise RuntimeError("unable to write to file </torch_4711_1_0>: No space left on device (28)")

@@ -20,7 +20,20 @@ def run(script: str, *argv: str, **variables: str) -> subprocess.CompletedProces
     env = {
         k: v
         for k, v in os.environ.items()
-        if k not in ("DATA", "OUTPUT", "GPUS", "NODES", "FINETUNE", "CKPT", "MODEL", "STAGE")
+        if k
+        not in (
+            "DATA",
+            "OUTPUT",
+            "GPUS",
+            "NODES",
+            "NODE_RANK",
+            "MASTER_ADDR",
+            "MASTER_PORT",
+            "FINETUNE",
+            "CKPT",
+            "MODEL",
+            "STAGE",
+        )
     }
     env |= {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", **variables}
     return subprocess.run(
@@ -55,6 +68,45 @@ def test_missing_checkpoint_is_said(script, variable, tmp_path):
     done = run(script, "--dry-run", DATA=str(tmp_path))
     assert done.returncode == 2
     assert f"{variable} is not set" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"GPUS": "abc"}, "GPUS is 'abc', expected a whole number from 0 to 1024"),
+        ({"GPUS": "-1"}, "GPUS is '-1'"),
+        ({"GPUS": "2.5"}, "GPUS is '2.5'"),
+        ({"GPUS": "2 3"}, "GPUS is '2 3'"),
+        ({"GPUS": "1\n2"}, "GPUS holds several lines"),
+        ({"GPUS": "99999999999999999999"}, "expected a whole number"),
+        ({"NODES": "0"}, "NODES is '0', expected a whole number from 1"),
+        ({"NODES": "2", "NODE_RANK": "2"}, "NODE_RANK is '2', expected a whole number from 0 to 1"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT is 'http'"),
+        ({"MASTER_ADDR": "--x"}, "MASTER_ADDR is '--x', expected a value that does not begin with -"),
+        ({"MODEL": "--eval"}, "MODEL is '--eval'"),
+        ({"DATA": "a\nb"}, "DATA holds several lines"),
+        ({"CKPT": " \n"}, "CKPT is not set"),
+    ],
+)  # fmt: skip
+def test_variables_that_make_no_sense(variables, words, tmp_path):
+    done = run("eval-vim-t.sh", "--dry-run", **{"DATA": str(tmp_path), "CKPT": "b.pth", **variables})
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert words in done.stderr
+    assert not done.stdout
+
+
+def test_paths_that_look_like_flags_and_blanks_at_the_end():
+    done = run(
+        "eval-vim-t.sh", "--dry-run", "--seed=-1", DATA="-x\n", CKPT=" -c.pth\n", MODEL="m\n", GPUS="08\n", NODES="\n"
+    )
+    assert done.returncode == 0, done.stderr
+    command = shlex.split(done.stdout)
+    assert "--nproc-per-node=8" in command
+    for flag, value in (("--data-path", str(Path.cwd() / "-x")), ("--resume", str(Path.cwd() / "-c.pth"))):
+        assert command[command.index(flag) + 1] == value
+    assert command[command.index("--model") + 1] == "m"
+    assert command[-1] == "--seed=-1"
 
 
 @pytest.mark.parametrize("script", LAUNCHERS)

@@ -28,6 +28,9 @@ from vim.flags import Data
 
 _logger = logging.getLogger("vision_mamba")
 
+# Seconds that a worker goes on after SIGTERM, for the step that its parent is in.
+_GRACE_S = 30
+
 
 class SeededDataset(Dataset):
     """A data set indexed by (epoch, position, index); the first two seed the augmentation's random numbers."""
@@ -92,10 +95,14 @@ def _loader_options(args: Data) -> dict[str, Any]:
 def _start_worker(max_image_pixels: int, worker: int) -> None:
     """Bound images in a worker as in its parent, and let the worker die with the parent, even by SIGKILL.
 
-    Ctrl-C, which a terminal sends to all of them, is for the parent: it may need further batches to stop at.
+    Ctrl-C, which a terminal sends to all of them, is for the parent: it may need further batches to stop at. So is
+    SIGTERM, which schedulers send to whole groups, and with which a parent ends a worker that hangs: it has its effect
+    after a while.
     """
     limit_pixels(max_image_pixels)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):  # not on Windows
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_S))
     if sys.platform == "linux":
         pr_set_pdeathsig = 1  # of linux/prctl.h
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

@@ -8,6 +8,14 @@ from vim.models.tokens import GLOBAL_POOLS
 
 WEIGHT_INITS = ("vim", "videomamba")
 
+# Least and most of each size. Beyond these no model has been trained, and a file that asks for more would keep a
+# process busy, or its memory full, before an allocation fails.
+_SIZES = {
+    "depth": (1, 512), "embed_dim": (1, 2**16), "d_state": (1, 1024), "in_chans": (1, 4096),
+    "num_classes": (0, 10**7), "num_registers": (0, 4096), "register_reduce": (1, 4096), "num_frames": (0, 4096),
+    "tubelet_size": (1, 4096), "mlp_dim": (0, 2**18),
+}  # fmt: skip
+
 
 def check_arguments(**given: Any) -> None:
     """Raise for values out of range and options that exclude each other.
@@ -18,14 +26,10 @@ def check_arguments(**given: Any) -> None:
     Raises:
         ValueError: with the reason.
     """
-    least = {
-        "depth": 1, "embed_dim": 1, "d_state": 1, "in_chans": 1, "num_classes": 0, "num_registers": 0,
-        "register_reduce": 1, "num_frames": 0, "tubelet_size": 1, "mlp_dim": 0,
-    }  # fmt: skip
-    for name, bound in least.items():
+    for name, (least, most) in _SIZES.items():
         value = given[name]
-        if not isinstance(value, int) or value < bound:
-            raise ValueError(f"{name} is {value!r}, expected a whole number of at least {bound}")
+        if not isinstance(value, int) or not least <= value <= most:
+            raise ValueError(f"{name} is {value!r}, expected a whole number of at least {least} and at most {most:,}")
     for name in ("drop_rate", "drop_path_rate", "head_drop_rate"):
         if not 0.0 <= given[name] < 1.0:
             raise ValueError(f"{name} is {given[name]!r}, expected a probability below 1")
