@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 from vim.engine.inherited import own_flags
 from vim.errors import UserError
 from vim.flags import Flags
+from vim.models.checkpoint import stored_grid
 
 _logger = logging.getLogger("vision_mamba")
 
@@ -90,6 +91,13 @@ class TrainState:
             raise UserError(
                 f"the checkpoint was trained with --opt {before} and this run has --opt {args.opt}: continue with the "
                 "same optimizer, or start from the weights alone by --finetune"
+            )
+        grid, own = stored_grid(checkpoint), getattr(getattr(self.model, "patch_embed", None), "grid_size", None)
+        if grid is not None and own is not None and grid != tuple(own):
+            # With as many patches all shapes agree, and moments and averages would be taken for those of other places.
+            raise UserError(
+                f"the checkpoint's images have a grid of {grid[0]} × {grid[1]} patches and this run's is {own[0]} × "
+                f"{own[1]}: --resume goes on with the same --input-size, --finetune starts from the weights alone"
             )
         try:
             lr = [group["lr"] for group in self.optimizer.param_groups]
