@@ -70,6 +70,9 @@ function(vim_cuda_library name package)
   target_include_directories(${name} PRIVATE ${CMAKE_SOURCE_DIR}/causal-conv1d/csrc)
   string(JOIN "\\;" built ${VIM_CUDA_ARCHS})
   target_compile_definitions(${name} PRIVATE "VIM_CUDA_ARCHITECTURES=\"${built}\"")
+  if(VIM_ZIG_TARGET)  # linked by the compiler that knows the older libc
+    set_target_properties(${name} PROPERTIES LINKER_LANGUAGE CXX)
+  endif()
   # 128-D: loops that a template's constants make unreachable.
   target_compile_options(${name} PRIVATE -O3 -diag-suppress=128)
   install(TARGETS ${name} LIBRARY DESTINATION ${package}/_lib)

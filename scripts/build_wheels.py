@@ -4,11 +4,10 @@ The compiler is that of the PyPI package ziglang, which compiles for another sys
 
     pip install 'vision-mamba[wheels]'
     python scripts/build_wheels.py                      # Linux (x86_64 and aarch64), macOS and Windows, into dist/
-    python scripts/build_wheels.py linux-aarch64 --no-build-isolation
+    python scripts/build_wheels.py linux-x86_64 --cuda  # with the CUDA kernels, where nvcc and g++ are
 """
 
 import argparse
-import os
 import re
 import shutil
 import subprocess
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
+CUDA_ARCHITECTURES = "80;90;100;120"
+CUDA_LIBRARIES = (("causal_conv1d_vim", "causal_conv1d_cuda"), ("mamba_ssm_vim", "mamba_ssm_cuda"))
 LIBRARIES = (("causal_conv1d_vim", "vim_conv"), ("mamba_ssm_vim", "vim_mamba"), ("mamba_ssm_vim", "vim_onnxruntime"))
 
 
@@ -51,50 +52,71 @@ def python(*arguments: str | Path) -> str:
     Raises:
         BuildError: it fails.
     """
-    env = {**os.environ, "VIM_BUILD_CUDA": "0"}
-    done = subprocess.run([sys.executable, *arguments], env=env, text=True, capture_output=True, check=False)
+    done = subprocess.run([sys.executable, *arguments], text=True, capture_output=True, check=False)
     if done.returncode != 0:
         raise BuildError(f"{' '.join(map(str, arguments[:4]))} failed:\n{done.stdout}{done.stderr}")
     return done.stdout + done.stderr
 
 
-def compile_wheel(name: str, output: Path, isolated: bool) -> Path:
+def cuda_settings() -> dict[str, str]:
+    """CMake's definitions for the CUDA kernels: nvcc with the host's g++, linked for the older libc.
+
+    Raises:
+        BuildError: there is no nvcc or no g++.
+    """
+    compilers = {name: shutil.which(name) for name in ("nvcc", "g++")}
+    for name, path in compilers.items():
+        if path is None:
+            raise BuildError(f"--cuda needs {name} on the PATH")
+    return {
+        "VIM_BUILD_CUDA": "ON",
+        "VIM_CUDA_ARCHS": CUDA_ARCHITECTURES,
+        "CMAKE_CUDA_COMPILER": str(Path(compilers["nvcc"]).resolve()),
+        "CMAKE_CUDA_HOST_COMPILER": compilers["g++"],
+    }
+
+
+def compile_wheel(name: str, output: Path, isolated: bool, cuda: bool) -> Path:
     """A wheel with the platform's libraries, still tagged as one for the machine that builds.
 
     Args:
         name: of the platform.
         output: an empty folder.
         isolated: whether pip installs the build's requirements by itself, in a place of their own.
+        cuda: with the CUDA kernels.
 
     Raises:
         BuildError: the compiler is missing or fails, or the wheel came out without a library.
     """
     platform = PLATFORMS[name]
     settings = {
-        "build-dir": ROOT / "build" / "wheels" / name,
+        "build-dir": ROOT / "build" / "wheels" / (f"{name}-cuda" if cuda else name),
         "cmake.define.CMAKE_TOOLCHAIN_FILE": ROOT / "cmake" / "zig.cmake",
         "cmake.define.VIM_ZIG_TARGET": platform.target,
         "cmake.define.VIM_ZIG_PYTHON": sys.executable,
         "install.strip": "false",  # by the linker, because the host's strip may not know the format
     }
+    for key, value in (cuda_settings() if cuda else {"VIM_BUILD_CUDA": "OFF"}).items():
+        settings[f"cmake.define.{key}"] = value
     options = [] if isolated else ["--no-build-isolation"]
     options += [f"--config-settings={key}={value}" for key, value in settings.items()]
     python("-m", "pip", "wheel", "--no-deps", "--quiet", *options, "--wheel-dir", output, ROOT)
     (wheel,) = output.glob("*.whl")
     held = {n for n in zipfile.ZipFile(wheel).namelist() if "/_lib/" in n}
-    expected = {f"{package}/_lib/{platform.library.format(library)}" for package, library in LIBRARIES}
+    wanted = LIBRARIES + CUDA_LIBRARIES if cuda else LIBRARIES
+    expected = {f"{package}/_lib/{platform.library.format(library)}" for package, library in wanted}
     if held != expected:
         raise BuildError(f"the wheel for {name} holds {sorted(held) or 'no libraries'}, expected {sorted(expected)}")
     return wheel
 
 
-def build(name: str, output: Path, isolated: bool = True) -> Path:
+def build(name: str, output: Path, isolated: bool = True, cuda: bool = False) -> Path:
     """Build and check one platform's wheel.
 
     Args:
         name: key of `PLATFORMS`.
         output: folder to put it into.
-        isolated: as for `compile_wheel`.
+        isolated, cuda: as for `compile_wheel`.
 
     Returns:
         The wheel.
@@ -103,7 +125,7 @@ def build(name: str, output: Path, isolated: bool = True) -> Path:
         BuildError: it cannot be built, or needs more of the system than its tag promises.
     """
     with tempfile.TemporaryDirectory() as folder:
-        wheel = compile_wheel(name, Path(folder), isolated)
+        wheel = compile_wheel(name, Path(folder), isolated, cuda)
         python("-m", "wheel", "tags", "--remove", "--platform-tag", PLATFORMS[name].tag, wheel)
         (wheel,) = Path(folder).glob("*.whl")
         if name.startswith("linux"):
@@ -130,12 +152,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("platforms", nargs="*", metavar="PLATFORM", help=f"all, or some of: {', '.join(PLATFORMS)}")
     parser.add_argument("--output", type=Path, default=ROOT / "dist", help="folder for the wheels")
     parser.add_argument("--no-build-isolation", action="store_true", help="use the installed scikit-build-core")
+    parser.add_argument(
+        "--cuda", action="store_true", help=f"CUDA kernels too ({CUDA_ARCHITECTURES} and PTX), x86_64 only"
+    )
     args = parser.parse_args(argv)
+    if args.cuda and args.platforms != ["linux-x86_64"]:
+        parser.error("--cuda goes with linux-x86_64 alone")
     if unknown := set(args.platforms) - PLATFORMS.keys():
         parser.error(f"there is no platform {unknown.pop()}: choose some of {', '.join(PLATFORMS)}")
     try:
         for name in args.platforms or PLATFORMS:
-            wheel = build(name, args.output, not args.no_build_isolation)
+            wheel = build(name, args.output, not args.no_build_isolation, args.cuda)
             print(f"{wheel}: {wheel.stat().st_size / 1e6:.2f} MB")
     except BuildError as error:
         print(f"error: {error}", file=sys.stderr)

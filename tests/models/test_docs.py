@@ -1,4 +1,4 @@
-"""Every block of Python in docs/model.md runs."""
+"""Every block of Python in docs/model.md and docs/deploy.md runs."""
 
 import re
 import warnings
@@ -34,3 +34,14 @@ def test_onnx_block(tmp_path: Path, monkeypatch) -> None:
     (block,) = (b for b in BLOCKS if "export_onnx" in b)
     exec(compile(BLOCKS[0] + block, "docs/model.md", "exec"), {})
     assert (tmp_path / "vim.onnx").stat().st_size > 100_000
+
+
+@pytest.mark.slow
+def test_deployment(tmp_path: Path, monkeypatch) -> None:
+    for package in ("onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason="needs the export extra")
+    monkeypatch.chdir(tmp_path)
+    page = Path(__file__).parents[2] / "docs" / "deploy.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    (block,) = (b for b in blocks if "export_onnx" in b)
+    exec(compile(block, "docs/deploy.md", "exec"), {})

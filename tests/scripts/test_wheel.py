@@ -24,6 +24,41 @@ TESTS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def builder():
+    """`scripts/build_wheels.py` as a module."""
+    spec = importlib.util.spec_from_file_location("build_wheels_script", ROOT / "scripts" / "build_wheels.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["linux-riscv64"], "no platform linux-riscv64"), (["linux-aarch64", "--cuda"], "--cuda goes with linux-x86_64"),
+])  # fmt: skip
+def test_builder_refuses(arguments, words, builder, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        builder.main(arguments)
+    assert exit_.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_builder_without_nvcc(builder, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(builder.shutil, "which", lambda name: None)
+    assert builder.main(["linux-x86_64", "--cuda", "--output", str(tmp_path / "dist")]) == 1
+    assert "--cuda needs nvcc" in capsys.readouterr().err
+    assert not (tmp_path / "dist").exists()
+
+
+def test_symbols_of_a_newer_libc_are_refused(builder, monkeypatch, tmp_path):
+    told = 'x.whl is consistent with the following platform tag: "manylinux_2_34_x86_64".'
+    monkeypatch.setattr(builder, "python", lambda *_: told)
+    with pytest.raises(builder.BuildError, match="more than manylinux_2_28"):
+        builder.check_symbols(tmp_path / "x.whl")
+    monkeypatch.setattr(builder, "python", lambda *_: told.replace("2_34", "2_24"))
+    builder.check_symbols(tmp_path / "x.whl")
+
+
 def run(*command: str | Path, **options) -> str:
     done = subprocess.run(command, text=True, capture_output=True, check=False, **options)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
