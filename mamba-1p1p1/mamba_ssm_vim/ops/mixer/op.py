@@ -261,7 +261,8 @@ def mixer(xz: torch.Tensor, directions: list[Direction], *, scale: float = 1.0) 
     if not dispatched((xz,), tensors):
         _check(xz, directions)
         return _run(xz, directions, scale)
-    if torch.compiler.is_compiling() and (_whole or not torch.compiler.is_exporting()):
+    # `torch.compiler.is_exporting()` answers True in every compiled graph of torch 2.11, so its flag is read instead.
+    if torch.compiler.is_compiling() and (_whole or not torch.compiler._is_exporting_flag):
         return _op(xz, tensors, [direction.reverse for direction in directions], scale)
     _check(xz, directions)
     return mixer_ref(xz, directions, scale=scale)
