@@ -158,8 +158,8 @@ def conv_backward(
         if block.first:
             # Step j - (W - 1) of the state reaches steps 0 .. j through taps w = j - step.
             for j in tl.static_range(W - 1):
-                at = inputs.weight + block.e[None, :] * W + (j - block.s)[:, None]
-                tap = tl.load(at, mask=(block.s <= j)[:, None] & block.e_mask[None, :], other=0.0).to(tl.float32)
+                weights = inputs.weight + block.e[None, :] * W + (j - block.s)[:, None]
+                tap = tl.load(weights, mask=(block.s <= j)[:, None] & block.e_mask[None, :], other=0.0).to(tl.float32)
                 total = tap * _grad_sum(dout, dout_b, dout_t, inputs, block, block.s, SILU, REVERSE, W, TILE_T, BLOCK_E)
-                at = dstate + (block.batch * (W - 1) + j) * inputs.dim + block.e
-                tl.store(at, tl.sum(total, 0).to(dstate.dtype.element_ty), mask=block.e_mask)
+                row = dstate + (block.batch * (W - 1) + j) * inputs.dim + block.e
+                tl.store(row, tl.sum(total, 0).to(dstate.dtype.element_ty), mask=block.e_mask)

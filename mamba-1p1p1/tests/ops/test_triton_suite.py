@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[3]
 FILES = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("*/tests/**/test_*_triton.py"))
 
 # Bytes of local memory per thread, where spilled registers go. With Triton 3.9 the norm's forward takes 8 on sm_80, and
-# the convolution's backward in float32, which holds 255 registers, 48 on sm_90; all others take none.
-LOCAL_LIMIT = {"cuda:80": 8, "cuda:90": 48, "hip:gfx942": 0}
+# the convolution's backward, which holds 255 registers, up to 56 on sm_90; all others take none.
+LOCAL_LIMIT = {"cuda:80": 8, "cuda:90": 56, "hip:gfx942": 0}
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -14,6 +14,7 @@ import tempfile
 import torch
 import triton
 from causal_conv1d_vim.conv import triton as conv
+from causal_conv1d_vim.conv.reference import ConvGradients
 from causal_conv1d_vim.runtime import triton as triton_runtime
 from mamba_ssm_vim.ops.norm import triton as norm
 from mamba_ssm_vim.ops.selective_scan import triton as scan
@@ -73,7 +74,10 @@ def resources(kernel) -> dict[str, int]:
 
 
 def launch_all(width: int, dtype: torch.dtype, *, quick: bool = False) -> None:
-    """Every launch of a training step of one block, and the long-sequence variant; if `quick`, one direction of it."""
+    """Every launch of a training step of one block, with and without initial states, and the long-sequence variant.
+
+    If `quick`, one direction of each.
+    """
     inner, rank = 2 * width, width // 16
     f32 = {"dtype": torch.float32}
     A, D, bias = torch.empty(inner, STATES, **f32), torch.empty(inner, **f32), torch.empty(inner, **f32)
@@ -83,14 +87,22 @@ def launch_all(width: int, dtype: torch.dtype, *, quick: bool = False) -> None:
         dbl = torch.empty(batch, seqlen, rank + 2 * STATES, dtype=dtype)
         B, C = (dbl[..., i : i + STATES].unsqueeze(2) for i in (rank, rank + STATES))
         x, z = xz.chunk(2, -1)
+        before = torch.empty(batch, 3, inner, dtype=dtype)
         u, delta, dout = (torch.empty(batch, seqlen, inner, dtype=dtype) for _ in range(3))
         for reverse in (seqlen > 197,) if quick else (False, True):
             conv.forward(x, weight, D, None, silu=True, reverse=reverse)
             conv.backward(dout, x, weight, D, None, silu=True, reverse=reverse)
+            conv.forward(x, weight, D, before, silu=True, reverse=reverse)
+            conv.backward(
+                dout, x, weight, D, before, silu=True, reverse=reverse, out=ConvGradients(x=u), accumulate=True
+            )
             flags = {"delta_softplus": True, "reverse": reverse}
             out, _, saved = scan.forward(u, delta, A, B, C, D, z, bias, None, **flags, save=True)
             scan.forward(u, delta, A, B, C, D, z, bias, None, **flags, out=out, accumulate=True)
             scan.backward(dout, None, u, delta, A, B, C, D, z, bias, None, saved, **flags)
+            given = u, delta, A, B, C, D, z, bias, torch.empty(batch, inner, STATES)
+            _, last, saved = scan.forward(*given, **flags, save=True)
+            scan.backward(dout, last, *given, saved, **flags)
     row, states = torch.empty(2, inner, dtype=dtype), torch.empty(2, STATES, dtype=dtype)
     state_update.forward(torch.empty(2, inner, STATES), row, row, A, states, states, D, row, bias, dt_softplus=True)
     h, residual, scale = torch.empty(2, 197, width, dtype=dtype), torch.empty(2, 197, width), torch.empty(width)
