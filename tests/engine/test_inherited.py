@@ -194,6 +194,9 @@ def test_a_checkpoint_cannot_name_a_command(content, tmp_path, by):
 
 def test_models_that_fit_no_memory_are_refused(content, tmp_path):
     content["args"]["model_kwargs"] = {"d_state": 10**9}
+    with pytest.raises(UserError, match=r"d_state is 1000000000, expected .* at most 1,024"):
+        evaluated(saved(tmp_path, content))
+    content["args"]["model_kwargs"] = {"embed_dim": 2**16, "depth": 100}
     with pytest.raises(UserError, match=r"its weights take .* GiB"):
         evaluated(saved(tmp_path, content))
     content["args"]["model_kwargs"] = {"pretrained_cfg_overlay": {"file": "/etc/passwd"}}
