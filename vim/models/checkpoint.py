@@ -7,15 +7,12 @@
 import logging
 import pickle
 import re
-import socket
-import urllib.parse
-import urllib.request
-import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
+from mamba_ssm_vim.utils.files import CheckpointError, check_archive, first_line, has_address
 from timm.models import adapt_input_conv
 from torch import nn
 
@@ -32,13 +29,6 @@ _MODEL_KEYS = ("model", "state_dict", "model_state_dict")
 _EMA_KEYS = ("model_ema", "state_dict_ema")
 # First bytes of torch.save's format before version 1.6.
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-# The structure of a checkpoint, without the tensors' values: each tensor takes some 150 bytes. Torch reads about a
-# million values a second.
-_LARGEST_PICKLE = 4 * 2**20
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message is one sentence fit for users."""
 
 
 def load_checkpoint(source: str | Path) -> dict[str, Any]:
@@ -66,14 +56,14 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         return safetensors.torch.load_file(path)
     except Exception as error:  # the library raises its own type beside OSError
-        raise CheckpointError(f"{path} is not a complete safetensors file: {_first_line(error)}") from error
+        raise CheckpointError(f"{path} is not a complete safetensors file: {first_line(error)}") from error
 
 
 def _read_torch(path: Path) -> Any:
     with path.open("rb") as file:
         start = file.read(len(_LEGACY_MAGIC))
     if start.startswith(b"PK\x03\x04"):
-        _check_archive(path)
+        check_archive(path)
     elif start.startswith(b"\x80") and start != _LEGACY_MAGIC:
         raise CheckpointError(f"{path} is a bare pickle, which could run code when read: write it with torch.save")
     elif start != _LEGACY_MAGIC:
@@ -90,44 +80,8 @@ def _read_torch(path: Path) -> Any:
         if isinstance(error, pickle.UnpicklingError):
             raise CheckpointError(f"{path} does not hold plain values alone: {_reason(error)}") from error
         raise CheckpointError(
-            f"{path} is truncated or not a checkpoint: copy it again or give another file ({_first_line(error)})"
+            f"{path} is truncated or not a checkpoint: copy it again or give another file ({first_line(error)})"
         ) from error
-
-
-def _check_archive(path: Path) -> None:
-    """Refuse an archive that is damaged, or that would take far more memory than the file.
-
-    Raises:
-        CheckpointError: see above.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            parts = archive.infolist()
-            if any(part.external_attr & 0xFF for part in parts):
-                # Torch leaves the memory of a part that is marked as a folder as it is.
-                raise CheckpointError(f"{path} is damaged: its parts are marked as other than files; copy it again")
-            stored = all(part.compress_type == zipfile.ZIP_STORED for part in parts)
-            if not stored or sum(part.file_size for part in parts) > path.stat().st_size:
-                raise CheckpointError(f"{path} is compressed, which torch.save never does: write it with torch.save")
-            for part in parts:
-                if part.filename.endswith("data.pkl") and part.file_size > _LARGEST_PICKLE:
-                    raise CheckpointError(
-                        f"{path} holds {part.file_size / 2**20:.0f} MiB of values beside its tensors, expected at most "
-                        f"{_LARGEST_PICKLE // 2**20}: save its state_dict alone (torch.save(model.state_dict(), ...))"
-                    )
-            # All of them are 0 where torch.serialization.set_crc32_options(False) left checksums out.
-            if any(part.CRC for part in parts) and (damaged := archive.testzip()):
-                raise CheckpointError(
-                    f"{path} is damaged: {damaged} does not match its checksum; copy the file again or use another one"
-                )
-    except CheckpointError:
-        raise
-    except Exception as error:  # a damaged archive makes zipfile raise errors of many types
-        raise CheckpointError(f"{path} is truncated or damaged: copy it again ({_first_line(error)})") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
 
 
 def _reason(error: pickle.UnpicklingError) -> str:
@@ -147,7 +101,10 @@ def _from_hub(source: str) -> Path:
     try:
         return Path(
             huggingface_hub.hf_hub_download(
-                f"{owner}/{repository}", filename, revision=revision or None, local_files_only=not _hub_has_address()
+                f"{owner}/{repository}",
+                filename,
+                revision=revision or None,
+                local_files_only=not has_address(huggingface_hub.constants.ENDPOINT),
             )
         )
     except Exception as error:  # network, authorisation and cache errors of three libraries
@@ -155,19 +112,6 @@ def _from_hub(source: str) -> Path:
             f"{filename} of {owner}/{repository} could not be downloaded ({type(error).__name__}): get it on a machine "
             "with a network and give its path instead, or name another file with hf-hub:owner/repository/file"
         ) from error
-
-
-def _hub_has_address() -> bool:
-    """Whether the hub's name resolves: without that its client retries for most of a minute, logging each attempt."""
-    from huggingface_hub import constants
-
-    if urllib.request.getproxies():
-        return True
-    try:
-        socket.getaddrinfo(urllib.parse.urlsplit(constants.ENDPOINT).hostname, 443)
-    except OSError:
-        return False
-    return True
 
 
 def has_ema(checkpoint: dict[str, Any]) -> bool:

@@ -2,13 +2,13 @@
 
 import json
 import pickle
-import socket
-import urllib.parse
-import urllib.request
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from mamba_ssm_vim.utils.files import CheckpointError, check_archive, first_line, has_address
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "pytorch_model.bin"
@@ -37,7 +37,7 @@ def load_state_dict_hf(
 ) -> dict[str, torch.Tensor]:
     """The weights: `model.safetensors`, in one file or several with an index, else `pytorch_model.bin`.
 
-    Only tensors are read; a pickle that holds anything else is refused.
+    Only tensors are read. A pickle that holds anything else is refused, and so is an archive with wrong checksums.
 
     Args:
         model_name: a folder, or a hub id `owner/repository`.
@@ -85,7 +85,7 @@ def _download(repository: str, names: list[str]) -> Path:
     import huggingface_hub  # here: slow to import, and seldom needed
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    offline, problem = not _hub_has_address(), None
+    offline, problem = not has_address(huggingface_hub.constants.ENDPOINT), None
     for name in names:
         try:
             return Path(huggingface_hub.hf_hub_download(repository, name, local_files_only=offline))
@@ -100,19 +100,6 @@ def _download(repository: str, names: list[str]) -> Path:
         f"{' or '.join(names)} of {repository} could not be downloaded ({type(problem).__name__}): get the "
         "repository on a machine with a network and give the path of its folder instead"
     ) from problem
-
-
-def _hub_has_address() -> bool:
-    """False where the hub's name has no address: its client would try for most of a minute."""
-    from huggingface_hub import constants
-
-    if urllib.request.getproxies():
-        return True
-    try:
-        socket.getaddrinfo(urllib.parse.urlsplit(constants.ENDPOINT).hostname, 443)
-    except OSError:
-        return False
-    return True
 
 
 def _parts(index: Path) -> list[str]:
@@ -132,15 +119,18 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
             import safetensors.torch  # here: only language models need it
 
             return safetensors.torch.load_file(path)
+        if zipfile.is_zipfile(path):  # else it is of torch before release 1.6, or damaged
+            check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
-        raise ValueError(
+        raise CheckpointError(
             f"{path} holds more than tensors, which could run code when read, or is damaged, so it was refused: "
             "save its state dict alone or as model.safetensors"
         ) from error
     except Exception as error:  # torch, zipfile and safetensors raise errors of many types
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise ValueError(f"{path} is truncated or damaged: copy it again ({reason})") from error
+        raise CheckpointError(f"{path} is truncated or damaged: copy it again ({first_line(error)})") from error
     if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
-        raise ValueError(f"{path} holds no state dict: save the model's state_dict() alone")
+        raise CheckpointError(f"{path} holds no state dict: save the model's state_dict() alone")
     return state

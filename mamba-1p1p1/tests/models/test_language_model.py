@@ -144,6 +144,10 @@ def test_files_that_cannot_be_used(tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match="holds more than tensors, which could run code"):
         load_state_dict_hf(tmp_path)
     assert "executed" not in capsys.readouterr().out
+    where = content.index(build().lm_head.weight.detach().numpy().tobytes()[:64])
+    weights.write_bytes(content[:where] + bytes([content[where] ^ 1]) + content[where + 1 :])
+    with pytest.raises(ValueError, match=r"is damaged: .* does not match its checksum"):
+        load_state_dict_hf(tmp_path)
     weights.write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match="is truncated or damaged"):
         load_state_dict_hf(tmp_path)
@@ -162,7 +166,7 @@ def test_files_that_cannot_be_used(tmp_path, monkeypatch, capsys):
         load_config_hf(tmp_path)
     with pytest.raises(ValueError, match="is no folder, and no hub id"):
         load_config_hf(tmp_path / "nothing")
-    monkeypatch.setattr("mamba_ssm_vim.utils.hf._hub_has_address", lambda: False)
+    monkeypatch.setattr("mamba_ssm_vim.utils.hf.has_address", lambda url: False)
     with pytest.raises(
         ValueError, match=r"^config\.json of state-spaces/none could not be downloaded \(.*its folder instead$"
     ):
