@@ -3,7 +3,8 @@
 import sys
 from functools import partial
 
-from vim.dense.cli import run_main, train
+from vim.dense.cli import train
+from vim.errors import exit_status
 
 if __name__ == "__main__":
-    sys.exit(run_main(partial(train, "det")))
+    sys.exit(exit_status(partial(train, "det")))

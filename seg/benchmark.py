@@ -4,7 +4,7 @@ import sys
 from functools import partial
 
 from vim.dense.benchmark import benchmark
-from vim.dense.cli import run_main
+from vim.errors import exit_status
 
 if __name__ == "__main__":
-    sys.exit(run_main(partial(benchmark, "seg")))
+    sys.exit(exit_status(partial(benchmark, "seg")))

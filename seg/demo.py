@@ -3,8 +3,8 @@
 import sys
 from functools import partial
 
-from vim.dense.cli import run_main
 from vim.dense.demo import demo
+from vim.errors import exit_status
 
 if __name__ == "__main__":
-    sys.exit(run_main(partial(demo, "seg")))
+    sys.exit(exit_status(partial(demo, "seg")))

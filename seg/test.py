@@ -3,7 +3,8 @@
 import sys
 from functools import partial
 
-from vim.dense.cli import evaluate, run_main
+from vim.dense.cli import evaluate
+from vim.errors import exit_status
 
 if __name__ == "__main__":
-    sys.exit(run_main(partial(evaluate, "seg")))
+    sys.exit(exit_status(partial(evaluate, "seg")))

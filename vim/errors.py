@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from causal_conv1d_vim.runtime.backend import BackendError
+from mamba_ssm_vim.utils.files import CheckpointError
 
 # What shells expect of a process that Ctrl-C ended: 128 and the signal's number.
 INTERRUPTED = 130
@@ -21,7 +22,7 @@ class UserError(Exception):
 
 
 # What command lines answer with one line: an environment variable may also force a backend that cannot run.
-USER_ERRORS = (UserError, BackendError)
+USER_ERRORS = (UserError, CheckpointError, BackendError)
 
 _SHARED_MEMORY = re.compile(r"[Bb]us error|shared memory|</?torch_|/dev/shm|torch_shm")
 _WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)(?: is killed by signal: ([\w ]+))?")

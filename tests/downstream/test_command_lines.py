@@ -179,8 +179,9 @@ def test_missing_operators(content, message, tmp_path):
         (tmp_path / "mmcv").mkdir()
         (tmp_path / "mmcv" / "__init__.py").write_text(content)
         code = ""
-    code += "import sys; from functools import partial; from vim.dense.cli import run_main, train; "
-    code += "sys.exit(run_main(partial(train, 'seg'), ['c.py']))"
+    code += "import sys; from functools import partial; "
+    code += "from vim.dense.cli import train; from vim.errors import exit_status; "
+    code += "sys.exit(exit_status(partial(train, 'seg', ['c.py'])))"
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, cwd=ROOT, text=True, capture_output=True

@@ -3,30 +3,16 @@
 import argparse
 import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vim.dense.stack import require_stack
-from vim.errors import UserError, exit_status
+from vim.errors import UserError
 
 # Package and registry scope of each task.
 TASKS = {"seg": "mmseg", "det": "mmdet"}
-
-
-def run_main(main: Callable[[list[str] | None], Any], argv: list[str] | None = None) -> int:
-    """Run a command line and return its exit status, see `exit_status`."""
-    from vim.models.checkpoint import CheckpointError
-
-    def command() -> None:
-        try:
-            main(argv)
-        except CheckpointError as error:
-            raise UserError(str(error)) from error
-
-    return exit_status(command)
 
 
 def _parser(description: str) -> argparse.ArgumentParser:
