@@ -24,11 +24,8 @@ demo() {
         echo "error: CKPT is set without CONFIG: give the config that the checkpoint was trained with" >&2
         exit 2
     fi
-    local python="${PYTHON:-}"
-    if [ -z "$python" ]; then
-        python=python3
-        if [ -x "$root/.venv/bin/python" ]; then python="$root/.venv/bin/python"; fi
-    fi
+    local python
+    python="$(interpreter "$root")"
     local checkpoint="${CKPT:-}"
     if [ -z "$checkpoint" ]; then
         if [ ! -f "$folder/last_checkpoint" ]; then

@@ -30,11 +30,8 @@ launch() {
         echo "error: DATA is not set: DATA=/path/to/imagenet bash scripts/$name.sh" >&2
         exit 2
     fi
-    local python="${PYTHON:-}"
-    if [ -z "$python" ]; then
-        python=python3
-        if [ -x "$root/.venv/bin/python" ]; then python="$root/.venv/bin/python"; fi
-    fi
+    local python
+    python="$(interpreter "$root")"
     local gpus="${GPUS:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}"
     gpus=$((10#$gpus))
     if [ "$gpus" -lt 1 ]; then gpus=1; fi

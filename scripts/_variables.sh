@@ -51,3 +51,14 @@ path_of() {
     *) printf '%s' "$1" ;;
     esac
 }
+
+interpreter() {
+    # $1: folder of the project. Prints PYTHON, else the project's own Python, else python3.
+    if [ -n "${PYTHON:-}" ]; then
+        printf '%s' "$PYTHON"
+    elif [ -x "$1/.venv/bin/python" ]; then
+        printf '%s' "$1/.venv/bin/python"
+    else
+        printf 'python3'
+    fi
+}

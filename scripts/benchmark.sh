@@ -6,9 +6,7 @@
 set -euo pipefail
 # -P: the scripts are also reached as vim/scripts, a link.
 root="$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-python="${PYTHON:-}"
-if [ -z "$python" ]; then
-    python=python3
-    if [ -x "$root/.venv/bin/python" ]; then python="$root/.venv/bin/python"; fi
-fi
-exec "$python" "$root/benchmarks/resolution.py" "$@"
+# shellcheck source=scripts/_variables.sh
+source "$root/scripts/_variables.sh"
+clean PYTHON
+exec "$(interpreter "$root")" "$root/benchmarks/resolution.py" "$@"

@@ -21,10 +21,5 @@ if [ ! -f "$checkpoint" ]; then
     echo "error: there is no checkpoint at $checkpoint: run scripts/quickstart.sh, or CKPT=/path/to/checkpoint.pth" >&2
     exit 2
 fi
-python="${PYTHON:-}"
-if [ -z "$python" ]; then
-    python=python3
-    if [ -x "$root/.venv/bin/python" ]; then python="$root/.venv/bin/python"; fi
-fi
-exec "$python" -m vim.analysis.predict --checkpoint="$checkpoint" \
+exec "$(interpreter "$root")" -m vim.analysis.predict --checkpoint="$checkpoint" \
     --out="${OUTPUT:-$root/output/predictions.png}" "$@"
