@@ -10,7 +10,6 @@ rows of other cases, devices and thread counts are kept.
 
 import argparse
 import csv
-import platform
 import statistics
 import sys
 import time
@@ -23,6 +22,7 @@ from mamba_ssm_vim import MambaLMHeadModel
 from mamba_ssm_vim.models.config_mamba import MambaConfig
 from rich.console import Console
 from rich.table import Table
+from tables import device_name, read_rows
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Name: width, layers, vocabulary, batch, prompt, new tokens. mamba-130m as published, and the model in the docs.
@@ -98,23 +98,9 @@ def compare(case: str, device: str, threads: int, rounds: int) -> dict[str, str 
     return dict(zip(FIELDS, (case, device_name(device), threads, *(float(f"{v:.3g}") for v in values)), strict=True))
 
 
-def device_name(device: str) -> str:
-    """Of the GPU or the processor."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.machine()
-
-
 def write(rows: list[dict], path: Path) -> None:
     """Write the rows over those of the same case, device and threads."""
-    kept = []
-    if path.is_file():
-        with path.open(newline="") as file:
-            kept = list(csv.DictReader(file))
+    kept = read_rows(path)
     new = {tuple(str(row[k]) for k in KEY) for row in rows}
     kept = [row for row in kept if tuple(row[k] for k in KEY) not in new]
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,8 +9,6 @@ is missing and draws resolution.png anew. On a CPU peak memory is what one eager
 """
 
 import argparse
-import csv
-import platform
 import statistics
 import sys
 import time
@@ -21,6 +19,7 @@ import matplotlib
 import torch
 from model_cpu import DTYPES, build, peak_memory
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from tables import append_rows, device_name, read_rows
 from torch.utils.flop_counter import FlopCounterMode
 
 matplotlib.use("Agg")
@@ -41,13 +40,7 @@ KEY = ("machine", "size", "batch", "dtype", "mode", "model")
 
 def machine(device: str) -> str:
     """The device in words: the GPU's name, or the processor's and how many threads are used."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
-    return f"{cpu}, {torch.get_num_threads()} threads"
+    return device_name(device) + (f", {torch.get_num_threads()} threads" if device == "cpu" else "")
 
 
 def gflops(name: str, size: int) -> float:
@@ -131,23 +124,6 @@ def measure(size: int, batch: int, dtype: str, mode: str, device: str, seconds: 
     return rows
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def append_rows(path: Path, rows: list[dict]) -> None:
-    """Whole cases at a time, so that a run that is stopped leaves no part of one."""
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerows({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-
-
 def draw(rows: list[dict[str, str]], path: Path, dtype: str, mode: str) -> None:
     """Speed and memory against resolution, the machine in the caption."""
     rows = [row for row in rows if row["dtype"] == dtype and row["mode"] == mode and row["ms"]]
@@ -200,7 +176,7 @@ def main(argv: list[str] | None = None) -> int:
             key = tuple(map(str, (machine(device), size, args.batch, dtype, mode)))
             if any((*key, name) not in known for name in NAMES):
                 if time.monotonic() - start < args.seconds:
-                    append_rows(path, measure(size, args.batch, dtype, mode, device, args.case_seconds))
+                    append_rows(path, COLUMNS, measure(size, args.batch, dtype, mode, device, args.case_seconds))
                 else:
                     left_out += 1
             progress.advance(task)

@@ -12,13 +12,13 @@ leave a deviation of 0.8 points at 85 %, so smaller differences mean nothing, an
 """
 
 import argparse
-import csv
 import statistics
 import sys
 from pathlib import Path
 
 import matplotlib
 import yaml
+from tables import append_rows, read_rows
 
 from vim.analysis.plots import read_log
 from vim.engine import run
@@ -66,22 +66,6 @@ def train(model: str, options: dict, seed: int, args: argparse.Namespace, folder
         seconds += record["train_s"]
         epochs.append({"epoch": record["epoch"] + 1, "top1": record["test_acc1"], "train_s": seconds})
     return epochs
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def append_rows(path: Path, rows: list[dict]) -> None:
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
 
 
 def last_epochs(rows: list[dict[str, str]], study: str) -> dict[str, list[float]]:
@@ -160,7 +144,7 @@ def study(args: argparse.Namespace) -> None:
                 print(f"== {name}, {arm}, seed {seed}", flush=True)
                 epochs = train(model, options, seed, args, args.out / f"{name}-{arm.replace(' ', '-')}-{seed}")
                 row = {"study": name, "arm": arm, "seed": seed, "epochs": args.epochs}
-                append_rows(path, [row | epoch for epoch in epochs])
+                append_rows(path, COLUMNS, [row | epoch for epoch in epochs])
                 draw(read_rows(path), path.with_suffix(".png"))
     say(read_rows(path), args.only)
 
