@@ -66,14 +66,12 @@ class NativeDecoder:
         )  # fmt: skip
         self._eps = norm.eps
         self._norm = (self._keep(plain(norm.weight)), self._keep(plain(norm.bias)))
-        self._keep(self._head.weight, "_head_address")
+        self._head_address = self._keep(self._head.weight)
 
-    def _keep(self, tensor: torch.Tensor | None, name: str | None = None) -> int:
+    def _keep(self, tensor: torch.Tensor | None) -> int:
         """The address of a tensor, which is kept alive."""
         if tensor is not None:
             self._kept.append(tensor.detach())
-        if name is not None:
-            setattr(self, name, address(tensor))
         return address(tensor)
 
     def _pack(self, layer: Block, conv_state: torch.Tensor, scan_state: torch.Tensor) -> bytes:
