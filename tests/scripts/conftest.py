@@ -1,8 +1,10 @@
-"""A synthetic ImageNet tree of a few small JPEGs."""
+"""A synthetic ImageNet tree of a few small JPEGs, and models that are trained on it."""
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from vim.engine import run
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +19,19 @@ def jpegs(tmp_path_factory):
                 pixels = rng.integers(0, 255, (60, 70, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(root / split / name / f"{i}.jpg")
     return root
+
+
+@pytest.fixture(scope="session")
+def train_small(jpegs, tmp_path_factory):
+    """Trains a model of some blocks for an epoch on the JPEGs; gives its checkpoint."""
+
+    def train(depth: int):
+        folder = tmp_path_factory.mktemp("run")
+        run.run([
+            "--model", "vim_nano_patch4_32", "--model-kwargs", f"depth={depth}", "--input-size", "32", "--batch-size",
+            "2", "--num_workers", "0", "--device", "cpu", "--epochs", "1", "--aa", "none", "--no-repeated-aug",
+            "--no-model-ema", "--data-path", str(jpegs), "--output_dir", str(folder),
+        ])  # fmt: skip
+        return folder / "checkpoint.pth"
+
+    return train

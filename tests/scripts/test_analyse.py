@@ -4,19 +4,11 @@ import pytest
 from PIL import Image
 
 from vim.analysis.__main__ import PICTURES, main
-from vim.engine import run
-
-FLAGS = (
-    "--model", "vim_nano_patch4_32", "--model-kwargs", "depth=2", "--input-size", "32", "--batch-size", "2",
-    "--num_workers", "0", "--device", "cpu", "--epochs", "1", "--aa", "none", "--no-repeated-aug", "--no-model-ema",
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def checkpoint(jpegs, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    run.run([*FLAGS, "--data-path", str(jpegs), "--output_dir", str(folder)])
-    return folder / "checkpoint.pth"
+def checkpoint(train_small):
+    return train_small(depth=2)
 
 
 def test_every_picture(checkpoint, tmp_path, capsys):

@@ -15,20 +15,13 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo
 from torchvision import transforms
 
 from vim.analysis.predict import main
-from vim.engine import run
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "predict.sh"
-FLAGS = (
-    "--model", "vim_nano_patch4_32", "--model-kwargs", "depth=1", "--input-size", "32", "--batch-size", "2",
-    "--num_workers", "0", "--device", "cpu", "--epochs", "1", "--aa", "none", "--no-repeated-aug", "--no-model-ema",
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def checkpoint(jpegs, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    run.run([*FLAGS, "--data-path", str(jpegs), "--output_dir", str(folder)])
-    return folder / "checkpoint.pth"
+def checkpoint(train_small):
+    return train_small(depth=1)
 
 
 def probabilities(model, path):
