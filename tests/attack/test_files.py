@@ -154,9 +154,12 @@ CHECKPOINTS = {
         lambda w, o, t: with_args(o, data_set="wds/x", data_path=f"pipe:touch {t}", num_classes=3),
         "a file may not choose",
     ),
-    "states of a billion": (lambda w, o, t: with_args(o, model_kwargs={"d_state": 10**9}), "its weights take"),
-    "states by the 100,000": (
-        lambda w, o, t: with_args(o, model_kwargs={"depth": 1, "embed_dim": 16, "d_state": 100_000}), "instead of"
+    "states of a billion": (lambda w, o, t: with_args(o, model_kwargs={"d_state": 10**9}), "at most 1,024"),
+    "weights of terabytes": (
+        lambda w, o, t: with_args(o, model_kwargs={"depth": 512, "embed_dim": 2**16}), "its weights take"
+    ),
+    "states by the thousand": (
+        lambda w, o, t: with_args(o, model_kwargs={"depth": 1, "embed_dim": 16, "d_state": 1000}), "instead of"
     ),
     "another version": (lambda w, o, t: saved({**o, "format_version": 99}), "format version 99"),
     "optimizer of a list": (lambda w, o, t: saved({**o, "optimizer": []}), "its optimizer is a list"),
