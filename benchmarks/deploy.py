@@ -8,6 +8,8 @@ python benchmarks/deploy.py --models vim_tiny_patch16_224 --batches 1 8 --thread
 import argparse
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,10 +20,24 @@ import timm
 import torch
 
 import vim  # noqa: F401  registers the models
+from vim.models.aoti import export_aoti
 from vim.models.export import export_onnx
 from vim.models.quantize import quantize_onnx, session
 
-Runtime = Callable[[torch.Tensor], torch.Tensor]
+# Milliseconds of a run, and its logits where they can be had.
+Runtime = Callable[[torch.Tensor], tuple[float, torch.Tensor | None]]
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def timed(run: Callable[[torch.Tensor], torch.Tensor]) -> Runtime:
+    """A function of images to logits as a runtime."""
+
+    def runtime(images: torch.Tensor) -> tuple[float, torch.Tensor]:
+        start = time.perf_counter()
+        logits = run(images)
+        return 1e3 * (time.perf_counter() - start), logits
+
+    return runtime
 
 
 def autocast(model: torch.nn.Module) -> Runtime:
@@ -31,23 +47,32 @@ def autocast(model: torch.nn.Module) -> Runtime:
         with torch.autocast("cpu", torch.bfloat16):
             return model(images).float()
 
-    return run
+    return timed(run)
 
 
 def onnx_runtime(file: Path, threads: int) -> Runtime:
     """A session of ONNX Runtime."""
     run = session(file, threads)
-    return lambda images: torch.from_numpy(run.run(None, {"images": images.numpy()})[0])
+    return timed(lambda images: torch.from_numpy(run.run(None, {"images": images.numpy()})[0]))
 
 
-def aot_inductor(model: torch.nn.Module, file: Path, batches: list[int]) -> Runtime:
-    """A package of AOTInductor per batch size, loaded by its own loader."""
-    packages = {}
-    for batch in batches:
-        program = torch.export.export(model, (torch.zeros(batch, *model.input_shape),))
-        built = torch._inductor.aoti_compile_and_package(program, package_path=str(file.with_suffix(f".{batch}.pt2")))
-        packages[batch] = torch._inductor.aoti_load_package(built)
-    return lambda images: packages[len(images)](images)
+def without_python(package: Path, threads: int) -> Runtime:
+    """scripts/classify_torch.cpp, which times itself: the median of five runs, on a random picture."""
+    program, picture = package.with_name("classify_torch"), package.with_name("picture.ppm")
+    subprocess.run(
+        ["bash", ROOT / "scripts" / "build_classify_torch.sh", program],
+        check=True, env={**os.environ, "PYTHON": sys.executable},
+    )  # fmt: skip
+
+    def run(images: torch.Tensor) -> tuple[float, None]:
+        batch, channels, height, width = images.shape
+        noise = np.random.default_rng(0).integers(0, 256, channels * height * width, dtype=np.uint8)
+        picture.write_bytes(b"P6 %d %d 255\n" % (width, height) + noise.tobytes())
+        settings = {"VIM_THREADS": str(threads), "VIM_BATCH": str(batch), "VIM_REPEAT": "4"}
+        done = subprocess.run([program, package, picture], env=settings, capture_output=True, text=True, check=True)
+        return float(done.stdout.split()[-2]), None
+
+    return run
 
 
 def runtimes(model: torch.nn.Module, folder: Path, args: argparse.Namespace) -> tuple[dict[str, Runtime], dict]:
@@ -57,7 +82,7 @@ def runtimes(model: torch.nn.Module, folder: Path, args: argparse.Namespace) -> 
     images = np.random.default_rng(0).standard_normal((8, *model.input_shape), dtype=np.float32)
     quantize_onnx(native, int8, [images[i : i + 1] for i in range(8)])
     found: dict[str, Runtime] = {
-        "PyTorch": model,
+        "PyTorch": timed(model),
         "PyTorch, bfloat16": autocast(model),
         "ONNX Runtime, native mixer": onnx_runtime(native, args.threads),
         "ONNX Runtime, native mixer, int8": onnx_runtime(int8, args.threads),
@@ -68,8 +93,11 @@ def runtimes(model: torch.nn.Module, folder: Path, args: argparse.Namespace) -> 
         found["ONNX Runtime, standard operators"] = onnx_runtime(exact, args.threads)
         sizes["ONNX Runtime, standard operators"] = exact.stat().st_size / 1e6
     if "aot" not in args.without:
-        found["AOTInductor"] = aot_inductor(model, folder / "aot", args.batches)
-        sizes["AOTInductor"] = max(f.stat().st_size for f in folder.glob("*.pt2")) / 1e6
+        package = folder / "package.pt2"
+        export_aoti(model, package)
+        found["AOTInductor"] = timed(torch._inductor.aoti_load_package(str(package)))
+        found["AOTInductor, C++"] = without_python(package, args.threads)
+        sizes["AOTInductor"] = package.stat().st_size / 1e6
     return found, sizes
 
 
@@ -80,12 +108,11 @@ def compare(found: dict[str, Runtime], images: torch.Tensor, rounds: int) -> tup
     logits = {}
     for _ in range(rounds + 2):
         for name, run in found.items():
-            start = time.perf_counter()
-            logits[name] = run(images)
-            times[name].append(1e3 * (time.perf_counter() - start))
+            milliseconds, logits[name] = run(images)
+            times[name].append(milliseconds)
     exact = next(iter(logits.values()))
     return {n: t[2:] for n, t in times.items()}, {
-        n: ((v - exact).norm() / exact.norm()).item() for n, v in logits.items()
+        n: ((v - exact).norm() / exact.norm()).item() for n, v in logits.items() if v is not None
     }
 
 
@@ -112,7 +139,8 @@ def main(argv: list[str] | None = None) -> None:
                 for runtime, spent in times.items():
                     median = statistics.median(spent)
                     size = f"{sizes[runtime]:.1f} MB" if runtime in sizes else ""
-                    print(f"  {runtime:34} {median:8.1f} ms  {median / base:5.2f}  {distances[runtime]:.1e}  {size}")
+                    distance = f"{distances[runtime]:.1e}" if runtime in distances else 7 * " "
+                    print(f"  {runtime:34} {median:8.1f} ms  {median / base:5.2f}  {distance}  {size}")
 
 
 if __name__ == "__main__":

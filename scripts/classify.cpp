@@ -10,46 +10,12 @@
 // many runs more, whose median time in ms is printed.
 #include <dlfcn.h>
 
-#include <algorithm>
 #include <chrono>
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <fstream>
-#include <numeric>
-#include <stdexcept>
-#include <string>
-#include <vector>
 
 #include "abi.h"
+#include "picture.h"
 
 namespace {
-
-struct Picture {
-  int64_t width = 0, height = 0;
-  std::vector<float> values;  // (3, height, width), normalised as for ImageNet
-};
-
-Picture read_picture(const char *file) {
-  std::ifstream stream(file, std::ios::binary);
-  std::string magic;
-  int64_t largest = 0;
-  Picture p;
-  stream >> magic >> p.width >> p.height >> largest;
-  if (!stream || magic != "P6" || largest != 255 || p.width < 1 || p.height < 1 || p.width * p.height > 1 << 28)
-    throw std::runtime_error(std::string(file) + " is not a binary PPM of eight bits without comments");
-  stream.get();
-  const int64_t pixels = p.width * p.height;
-  std::vector<unsigned char> bytes(3 * pixels);
-  if (!stream.read((char *)bytes.data(), (std::streamsize)bytes.size()))
-    throw std::runtime_error(std::string(file) + " is cut off");
-  const float mean[] = {0.485f, 0.456f, 0.406f}, deviation[] = {0.229f, 0.224f, 0.225f};
-  p.values.resize(3 * pixels);
-  for (int c = 0; c < 3; ++c)
-    for (int64_t i = 0; i < pixels; ++i)
-      p.values[c * pixels + i] = (bytes[3 * i + c] / 255.0f - mean[c]) / deviation[c];
-  return p;
-}
 
 struct Runtime {
   ort::Api api;
@@ -69,21 +35,6 @@ struct Runtime {
       throw std::runtime_error(ort::call<const char *>(api, ort::GET_ERROR_MESSAGE, status));
   }
 };
-
-std::vector<float> softmax(const float *logits, size_t count) {
-  const float largest = *std::max_element(logits, logits + count);
-  std::vector<float> p(count);
-  std::transform(logits, logits + count, p.begin(), [=](float x) { return std::exp(x - largest); });
-  const float sum = std::accumulate(p.begin(), p.end(), 0.0f);
-  for (float &x : p)
-    x /= sum;
-  return p;
-}
-
-int number(const char *name, int otherwise) {
-  const char *text = std::getenv(name);
-  return text ? std::atoi(text) : otherwise;
-}
 
 void classify(const char *library, const char *model, const char *file, const char *operators) {
   Picture picture = read_picture(file);
@@ -113,18 +64,7 @@ void classify(const char *library, const char *model, const char *file, const ch
   run(ort::TENSOR_DATA, output, &logits);
   run(ort::TYPE_AND_SHAPE, output, &info);
   run(ort::ELEMENT_COUNT, info, &count);
-
-  const std::vector<float> p = softmax(logits, count);
-  std::vector<size_t> order(count);
-  std::iota(order.begin(), order.end(), 0);
-  const size_t shown = std::min<size_t>(5, count);
-  std::partial_sort(order.begin(), order.begin() + shown, order.end(), [&](size_t a, size_t b) { return p[a] > p[b]; });
-  for (size_t i = 0; i < shown; ++i)
-    std::printf("%zu %.6f\n", order[i], p[order[i]]);
-  if (times.size() > 1) {
-    std::sort(times.begin(), times.end());
-    std::printf("median %.2f ms\n", times[times.size() / 2]);
-  }
+  print_classes(logits, count, times);
 }
 
 }  // namespace
