@@ -1,4 +1,4 @@
-"""The backbone adapter: maps of every size, weights of classifiers, layer decay, the pyramid."""
+"""The backbone adapter: maps of every size, weights of classifiers, layer decay, the pyramid in mmdet."""
 
 import pytest
 import timm
@@ -193,13 +193,12 @@ def test_layer_decay_rate_is_checked(rate):
         constructor(torch.nn.Linear(2, 2))
 
 
-def test_pyramid_scales():
-    from vim.dense.necks import SimpleFeaturePyramid
+def test_mmdet_builds_the_pyramid_by_its_name():
+    from mmengine.registry import MODELS
 
-    outs = SimpleFeaturePyramid(32, out_channels=16)([torch.randn(1, 32, 8, 12)])
-    assert [o.shape[1:] for o in outs] == [(16, 32, 48), (16, 16, 24), (16, 8, 12), (16, 4, 6), (16, 2, 3)]
-    # The last is every second pixel of the one before.
-    assert torch.equal(outs[4], outs[3][:, :, ::2, ::2])
+    pyramid = MODELS.build({"type": "SimpleFeaturePyramid", "in_channels": 32, "out_channels": 16})
+    # The names that checkpoints have: those of mmcv's ConvModule.
+    assert {"levels.0.4.conv.weight", "levels.0.5.ln.bias", "levels.2.0.conv.weight"} <= set(pyramid.state_dict())
 
 
 def test_pyramid_feeds_mmcvs_roi_align():
@@ -207,18 +206,10 @@ def test_pyramid_feeds_mmcvs_roi_align():
     from mmcv.ops import roi_align
     from torchvision import ops
 
-    from vim.dense.necks import SimpleFeaturePyramid
+    from vim.dense.pyramid import SimpleFeaturePyramid
 
     outs = SimpleFeaturePyramid(32, out_channels=16)([torch.randn(2, 32, 8, 8)])
     boxes = torch.tensor([[0, 8.0, 8.0, 40.0, 60.0], [1, 0.0, 30.0, 90.0, 100.0]])
     for out, stride in zip(outs[:4], (4, 8, 16, 32), strict=True):
         own = roi_align(out, boxes, 7, 1 / stride, 0, "avg", True)
         torch.testing.assert_close(own, ops.roi_align(out, boxes, 7, 1 / stride, -1, aligned=True))
-
-
-@pytest.mark.parametrize(("kwargs", "message"), [({"scales": (3,)}, "scale 3"), ({"num_outs": 2}, "fewer than the 4")])
-def test_pyramid_arguments(kwargs, message):
-    from vim.dense.necks import SimpleFeaturePyramid
-
-    with pytest.raises(ValueError, match=message):
-        SimpleFeaturePyramid(32, **kwargs)

@@ -108,6 +108,7 @@ def test_features_only():
     maps = model(torch.randn(1, 3, 32, 32))
     assert [tuple(m.shape) for m in maps] == [(1, 64, 8, 8)] * 3
     assert model.feature_info.reduction() == [4, 4, 4]
+    assert model(torch.randn(1, 3, 24, 48))[0].shape == (1, 64, 6, 12), "any size"
 
 
 def test_in_chans_and_img_size():

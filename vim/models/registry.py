@@ -177,6 +177,9 @@ def create(variant: str, pretrained: bool, **kwargs: Any) -> VisionMamba:
     for name in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
         if kwargs.get(name, 0) is None:
             del kwargs[name]
+    if kwargs.get("features_only"):
+        # Dense models take images of any size, and so do timm's own backbones that hold no table of positions.
+        kwargs.setdefault("dynamic_img_size", True)
     if pretrained:
         kwargs["pretrained_cfg_overlay"] = _with_weights(
             variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"), kwargs.get("cache_dir")
