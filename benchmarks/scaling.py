@@ -34,7 +34,7 @@ from vim.engine.build import build_criterion, build_model, build_training
 from vim.engine.checkpoints import CheckpointManager
 from vim.engine.distributed import choose_context, largest_over_ranks
 from vim.engine.reporting import Reporter
-from vim.engine.training import train_one_epoch
+from vim.engine.training import build_backward, train_one_epoch
 
 MODES = ("ddp", "fsdp")
 COLUMNS = (
@@ -126,10 +126,10 @@ def work(case: dict[str, object], flags: list[str]) -> None:
         loader = Cut(loader, int(case["steps"]))
     model = build_model(args, classes).to(context.device)
     state = build_training(model, args, context)
-    criterion = build_criterion(args, context, classes)
+    backward = build_backward(state, build_criterion(args, context, classes), args, context)
     reporter, manager = Reporter(None, args, enabled=False), CheckpointManager(None, args, context)
     for _ in range(2):
-        record = train_one_epoch(state, loader, criterion, args, context, reporter, manager)
+        record = train_one_epoch(state, loader, backward, args, context, reporter, manager)
         state.next_epoch()
     memory = largest_over_ranks(round(record["train_memory_mib"]), context)
     if context.is_main:

@@ -1,5 +1,6 @@
 """What a run leaves: JSON lines, plain lines, TensorBoard's events, other trackers, the summary, pictures."""
 
+import gzip
 import json
 import re
 import subprocess
@@ -12,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from vim.engine import run
 from vim.engine.arguments import parse_args
+from vim.engine.reporting import Reporter
 from vim.engine.trackers import picture
 from vim.errors import UserError
 
@@ -47,13 +49,13 @@ def test_json_lines(finished):
     names = {
         "epoch", "train_loss", "train_grad_norm", "train_lr", "train_images_per_s", "train_s", "train_data_wait_s",
         "train_memory_mib", "skipped_updates", "bad_images", "test_loss", "test_acc1", "test_acc5", "test_images",
-        "test_images_per_s", "ema_test_acc1", "best_acc1",
+        "test_images_per_s", "ema_test_acc1", "best_acc1", "train_device_wait_s",
     }  # fmt: skip
     for k, record in enumerate(records(finished)):
         assert names <= set(record)
         assert record["epoch"] == k
         assert record["train_images_per_s"] == pytest.approx(24 / record["train_s"])
-        assert 0 <= record["train_data_wait_s"] <= record["train_s"]
+        assert 0 <= record["train_data_wait_s"] + record["train_device_wait_s"] <= record["train_s"]
         # A process with torch in it, and not a machine's worth.
         assert 50 < record["train_memory_mib"] < 1e6
 
@@ -67,7 +69,7 @@ def test_tensorboard(finished):
         scalars = found.Scalars(name)
         assert [s.step for s in scalars] == [0, 1]
         assert [s.value for s in scalars] == pytest.approx([r[name] for r in records(finished)], rel=1e-6)
-    for name in ("loss", "lr", "grad_norm", "images_per_s", "step_ms", "data_wait_ms", "memory_mib"):
+    for name in ("loss", "lr", "grad_norm", "images_per_s", "step_ms", "data_wait_ms", "device_wait_ms", "memory_mib"):
         assert [s.step for s in found.Scalars(f"step/{name}")] == [1, 2, 3, 4, 5, 6]
     mean = sum(s.value for s in found.Scalars("step/loss")[:3]) / 3
     assert mean == pytest.approx(records(finished)[0]["train_loss"], rel=1e-5)
@@ -79,11 +81,11 @@ def test_tensorboard(finished):
 
 
 def test_plain_lines(finished):
-    """The lines of a log file: each step with its rate, time, the loader's rate and what is left; then the summary."""
+    """The lines of a log file: each step with its rate, its time, the wait in it and what is left; then the summary."""
     text = (finished / "run.log").read_text()
     line = next(line for line in text.splitlines() if "epoch 1/2  1/3" in line)
     assert re.search(
-        r"^[\d-]+ [\d:,]+  epoch 1/2  1/3  loss \d\.\d{4}  \d+ images/s  step \d+ ms  loader ([\d,]+ images/s|no wait)"
+        r"^[\d-]+ [\d:,]+  epoch 1/2  1/3  loss \d\.\d{4}  \d+ images/s  step \d+ ms \(data \d+\)"
         r"  lr \d\.\d\de-\d\d  \d+ s left$", line
     ), line  # fmt: skip
     best = max(r["test_acc1"] for r in records(finished))
@@ -93,6 +95,36 @@ def test_plain_lines(finished):
         assert f"averaged {record['ema_test_acc1']:.2f} %" in text
     assert "0 updates skipped, 0 bad images" in text
     assert f"checkpoints and log in {finished}" in text
+
+
+def test_parts_of_a_step_on_a_gpu(tree, tmp_path, monkeypatch, caplog):
+    """The wait for data, the host's own time, and the wait for the device add up to the step."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    reporter = Reporter(None, parse_args([]), enabled=True)
+    reporter.start("epoch 1/1", 2)
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            reporter.step(loss=1.0, images=8, train={"lr": 1e-3}, data_wait=10.0, device_wait=20.0)
+    data, host, device = map(int, re.search(r"\(data (\d+), host (\d+), GPU (\d+)\)", caplog.text).groups())
+    assert (data, host, device) == (10_000, 0, 20_000)
+
+
+def test_profile(tree, tmp_path):
+    """A trace of the steps after the first five, and a table of what takes the time."""
+    folder = tmp_path / "run"
+    train(tree, folder, "--profile", 2, "--epochs", 3, "--batch-size", 8)
+    with gzip.open(folder / "profile" / "trace.json.gz", "rt") as file:
+        names = [event.get("name") for event in json.load(file)["traceEvents"]]
+    assert {name for name in names if str(name).startswith("ProfilerStep")} == {"ProfilerStep#5", "ProfilerStep#6"}
+    table = (folder / "profile" / "table.txt").read_text()
+    assert "# of Calls" in table
+    assert "aten::_fused_adamw_" in table
+
+
+def test_profile_of_a_short_run(tree, tmp_path, caplog):
+    train(tree, tmp_path / "run", "--profile", 2, "--epochs", 1)
+    assert "the run ended within its first 5 steps" in caplog.text
+    assert not (tmp_path / "run" / "profile").exists()
 
 
 def test_live_bar(tree, tmp_path, monkeypatch, capsys):

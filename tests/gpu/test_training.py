@@ -99,3 +99,29 @@ def test_resuming_is_going_on(device, images, tmp_path, amp):
         # The kernels repeat to the bit; cuDNN's patch convolution may add in another order.
         tolerance = 0 if device == "cpu" else 1e-6
         torch.testing.assert_close(parts["model"][name], value, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--amp-dtype", "bfloat16"),
+        ("--amp-dtype", "float16", "--clip-grad", "1"),
+        ("--no_amp", "--grad-accum-steps", "2", "--mixup", "0.8", "--cutmix", "1", "--drop-path", "0.2"),
+    ],
+    ids=["bfloat16", "float16-clipped", "accumulated-mixed-dropped"],
+)
+def test_cuda_graphs_change_no_bit(images, tmp_path, flags, caplog):
+    """Weights, averaged weights and optimizer of a run whose steps are replayed, against the eager run."""
+    flags = (*flags, "--batch-size", "4", "--epochs", "3")
+    record, eager = train("cuda", images, tmp_path / "eager", *flags)
+    replayed, graphed = train("cuda", images, tmp_path / "graphed", *flags, "--cuda-graphs")
+    assert "not replayed" not in caplog.text
+    assert replayed["train_loss"] == record["train_loss"]
+    for part in ("model", "model_ema"):
+        for name, value in eager[part].items():
+            assert torch.equal(graphed[part][name], value), (part, name)
+    for name, moments in eager["optimizer"]["state"].items():
+        for key, value in moments.items():
+            assert torch.equal(torch.as_tensor(graphed["optimizer"]["state"][name][key]), torch.as_tensor(value)), name

@@ -208,6 +208,8 @@ def _check(flags: Flags) -> None:
         )
     if flags.start_epoch >= flags.epochs and not flags.resume and not flags.eval:
         raise UserError(f"--start-epoch is {flags.start_epoch}, expected one below --epochs, which is {flags.epochs}")
+    if flags.profile and not flags.output_dir:
+        raise UserError("--profile writes a trace and a table: pass --output-dir, the folder for them")
     if flags.fsdp and flags.histograms:
         raise UserError("--histograms needs whole parameters, and --fsdp shards them: leave one of them out")
     if flags.fsdp and (flags.amp_dtype == "float16" or flags.clip_mode == "agc" or flags.model_ema_force_cpu):

@@ -18,7 +18,7 @@ _logger = logging.getLogger("vision_mamba")
 # Flags that belong to the machine or to one command, and are not taken from a checkpoint.
 _OF_THE_COMMAND = (
     "config", "resume", "eval", "finetune", "output_dir", "device", "num_workers", "start_epoch", "local_rank", "fsdp",
-    "distributed", "world_size", "dist_url", "per_class_csv", "class_index",
+    "distributed", "world_size", "dist_url", "per_class_csv", "class_index", "profile", "cuda_graphs",
 )  # fmt: skip
 # Where the data is. Behind a prefix of timm's these are more than names of local files: addresses, even commands.
 _OF_THE_DATA = ("data_set", "data_path", "train_split", "eval_split")

@@ -1,6 +1,7 @@
 """The training loss: hard, smoothed or mixed labels, binary cross-entropy, co-training of sub-models, distillation."""
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,16 @@ from vim.errors import UserError
 from vim.flags import Flags
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
+
+
+class TrainingLoss(Protocol):
+    """The loss of a batch, in a part for the host and one for the device."""
+
+    def prepare(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images and targets as the loss takes them; random choices of the host are made in it."""
+
+    def loss(self, forward: Forward, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The loss of what `prepare` gave, a scalar; nothing in it waits for the device."""
 
 
 def distillation_term(logits: torch.Tensor, teacher_logits: torch.Tensor, kind: str, tau: float) -> torch.Tensor:
@@ -89,6 +100,10 @@ class Criterion:
             images: (B, C, H, W).
             targets: class numbers (B,).
         """
+        return self.loss(forward, *self.prepare(images, targets))
+
+    def prepare(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images and targets as the loss takes them: mixed with chances that the host draws; targets (B,) or (B, K)."""
         if self.mixup is not None:
             # All frames of a clip are mixed in the same way, as channels are.
             mixed, targets = self.mixup(images.flatten(1, -3), targets)
@@ -97,6 +112,10 @@ class Criterion:
             # As published, whatever is in the mixture counts as present.
             soft = F.one_hot(targets, self.num_classes) if targets.dim() == 1 else targets
             targets = soft.gt(0.0).float()
+        return images, targets
+
+    def loss(self, forward: Forward, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The loss of what `prepare` gave; nothing in it waits for the device."""
         if self.args.cosub:
             first, second = self._clean(forward(torch.cat((images, images)))).chunk(2)
             return cosub_loss(first, second, targets)

@@ -53,9 +53,16 @@ def build_pretraining(classifier: nn.Module, args: Model) -> nn.Module:
         raise UserError(f"--pretrain arm: {error}") from error
 
 
-def pretraining_criterion(forward: Forward, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The model's own loss of a batch of images, a scalar; class numbers are not used."""
-    return forward(images).mean()
+class PretrainingCriterion:
+    """The model's own loss, with the interface of `Criterion`; class numbers are not used."""
+
+    def prepare(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The batch as it is."""
+        return images, targets
+
+    def loss(self, forward: Forward, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The loss of a batch of images, a scalar."""
+        return forward(images).mean()
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from vim.data.transforms import normalisation
+from vim.engine.profiling import StepProfiler
 from vim.engine.trackers import Tracker, build_trackers, picture
 from vim.flags import Flags
 
@@ -103,12 +104,15 @@ class Reporter:
         self._records: list[dict[str, Any]] = []
         self._started = time.perf_counter()
         self._samples_shown = first_step > 0
+        self._profiler: StepProfiler | None = None
+        if args.profile and not args.eval and self._folder is not None:
+            self._profiler = StepProfiler(args.profile, self._folder / "profile")
 
     def start(self, label: str, total: int, done: int = 0) -> None:
         """Begin a pass of `total` steps, of which `done` are already done."""
         self._label, self._total, self._done = label, total, done
         self._begun, self._first = time.perf_counter(), done
-        self._images, self._waited = 0, 0.0
+        self._images, self._data_wait, self._device_wait = 0, 0.0, 0.0
         if self._live:
             self._progress = Progress(
                 TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
@@ -118,8 +122,8 @@ class Reporter:
             self._task = self._progress.add_task(label, total=total, completed=done, note="")
 
     def step(
-        self, *, loss: float, images: int, steps: int = 1, train: dict[str, float] | None = None, waited: float = 0.0,
-        at: int = 0,
+        self, *, loss: float, images: int, steps: int = 1, train: dict[str, float] | None = None,
+        data_wait: float = 0.0, device_wait: float = 0.0, at: int = 0,
     ) -> None:  # fmt: skip
         """Report finished steps.
 
@@ -128,20 +132,22 @@ class Reporter:
             images: their images, over all processes.
             steps: how many.
             train: further figures of a training step by name, "lr" among them.
-            waited: seconds that this process waited for their data.
+            data_wait: seconds that this process waited for their data.
+            device_wait: seconds that it then waited for the device.
             at: updates of the whole run so far, for the trackers.
         """
         before = self._done
-        self._done, self._images, self._waited = self._done + steps, self._images + images, self._waited + waited
+        self._done, self._images = self._done + steps, self._images + images
+        self._data_wait, self._device_wait = self._data_wait + data_wait, self._device_wait + device_wait
+        if self._profiler is not None and train is not None:
+            self._profiler.step()
         if not self._enabled:
             return
         seconds = max(time.perf_counter() - self._begun, 1e-9)
         rate, done = self._images / seconds, self._done - self._first
         note = f"loss {loss:.4f}  {rate:,.0f} images/s"
         if train is not None:
-            # The loader's own rate: if it is near the overall rate, the device waits for data.
-            loader = f"{self._images / self._waited:,.0f} images/s" if self._waited > 1e-3 else "no wait"
-            note += f"  step {1e3 * seconds / done:.0f} ms  loader {loader}  lr {train['lr']:.2e}"
+            note += f"  step {1e3 * seconds / done:.0f} ms ({self._parts(seconds, done)})  lr {train['lr']:.2e}"
         if self._progress is not None:
             self._progress.update(self._task, advance=steps, note=note)
         if self._done // self._every > before // self._every or self._done >= self._total:
@@ -150,9 +156,17 @@ class Reporter:
             if train is not None:
                 figures = {
                     "loss": loss, "images_per_s": rate, "step_ms": 1e3 * seconds / done,
-                    "data_wait_ms": 1e3 * self._waited / done, **train,
+                    "data_wait_ms": 1e3 * self._data_wait / done, "device_wait_ms": 1e3 * self._device_wait / done,
+                    **train,
                 }  # fmt: skip
                 self._track({f"step/{k}": v for k, v in figures.items()}, at)
+
+    def _parts(self, seconds: float, steps: int) -> str:
+        """What a step's time went into; the largest part bounds the run. On a CPU the host is the device."""
+        data, device = (1e3 * t / steps for t in (self._data_wait, self._device_wait))
+        if self._args.device == "cpu" or not torch.cuda.is_available():
+            return f"data {data:.0f}"
+        return f"data {data:.0f}, host {max(1e3 * seconds / steps - data - device, 0):.0f}, GPU {device:.0f}"
 
     def _line(self, text: str) -> None:
         if not self._live:
@@ -267,6 +281,8 @@ class Reporter:
     def close(self) -> None:
         """End the pass and close the files."""
         self.finish()
+        if self._profiler is not None:
+            self._profiler.close()
         self._each_tracker(lambda tracker: tracker.close())
         if self._file is not None:
             _logger.removeHandler(self._file)

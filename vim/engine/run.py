@@ -29,11 +29,11 @@ from vim.engine.inherited import (
     read_weights,
 )
 from vim.engine.lock import locked
-from vim.engine.losses import Criterion
-from vim.engine.pretraining import build_pretraining, evaluate_pretraining, pretraining_criterion
+from vim.engine.losses import TrainingLoss
+from vim.engine.pretraining import PretrainingCriterion, build_pretraining, evaluate_pretraining
 from vim.engine.reporting import Reporter, to_json
 from vim.engine.state import TrainState
-from vim.engine.training import train_one_epoch
+from vim.engine.training import build_backward, train_one_epoch
 from vim.environment import check_kernels
 from vim.errors import UserError, exit_status
 from vim.flags import Flags, Optimisation
@@ -112,7 +112,7 @@ def run(argv: list[str] | None = None) -> dict[str, float]:
     if args.eval:
         return _evaluate_only(model, weights, eval_loader, columns, args, context)
     pretraining = args.pretrain != "none"
-    criterion = pretraining_criterion if pretraining else build_criterion(args, context, num_classes)
+    criterion = PretrainingCriterion() if pretraining else build_criterion(args, context, num_classes)
     state = build_training(model, args, context)
     if pretraining:
         state.best = -math.inf
@@ -199,18 +199,19 @@ def _train(
     state: TrainState,
     train_loader: Any,
     eval_loader: Any,
-    criterion: Criterion,
+    criterion: TrainingLoss,
     args: Flags,
     context: DistributedContext,
     reporter: Reporter,
     manager: CheckpointManager,
 ) -> dict[str, float]:
     record: dict[str, Any] = {}
+    backward = build_backward(state, criterion, args, context)
     if state.epoch >= args.epochs:
         _logger.info("all %d epochs are done: pass more --epochs to go on", args.epochs)
     while state.epoch < args.epochs:
         epoch = state.epoch
-        trained = train_one_epoch(state, train_loader, criterion, args, context, reporter, manager)
+        trained = train_one_epoch(state, train_loader, backward, args, context, reporter, manager)
         tested = None if trained is None else _evaluate_both(state, eval_loader, args, context, reporter)
         if tested is None:
             path = manager.save(state)

@@ -1,8 +1,9 @@
 """One epoch of training."""
 
+import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -15,12 +16,18 @@ from vim.data import seed_all
 from vim.data.loaders import TrainLoader
 from vim.engine.checkpoints import CheckpointManager
 from vim.engine.distributed import DistributedContext, sum_over_ranks, without_gradient_exchange
-from vim.engine.losses import Criterion
+from vim.engine.graphs import GraphedBackward, why_not
+from vim.engine.losses import TrainingLoss
 from vim.engine.reporting import Reporter, memory_mib
 from vim.engine.state import TrainState
 from vim.errors import UserError
 from vim.flags import Flags, Model, Optimisation
 from vim.models import VisionMamba
+
+_logger = logging.getLogger("vision_mamba")
+
+# Images, targets, and over how many batches the loss is averaged → the loss, already part of that average.
+Backward = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 
 # First key of the step's seed, apart from the seeds of samples, which begin with the run's seed alone.
 _STEP_STREAM = 0x57E9
@@ -46,10 +53,29 @@ def model_options(args: Model, model: nn.Module) -> dict[str, bool]:
     return dict.fromkeys(names, True)
 
 
+def build_backward(state: TrainState, criterion: TrainingLoss, args: Flags, context: DistributedContext) -> Backward:
+    """The function that adds a batch's gradients, from a CUDA graph with `--cuda-graphs` where that is possible."""
+    options = model_options(args, state.model)
+
+    def eager(images: torch.Tensor, targets: torch.Tensor, parts: int) -> torch.Tensor:
+        with autocast(args, context):
+            loss = criterion.loss(lambda x: state.forward(x, **options), images, targets) / parts
+        (loss if state.scaler is None else state.scaler.scale(loss)).backward()
+        return loss.detach()
+
+    backward: Backward = eager
+    if args.cuda_graphs:
+        if (reason := why_not(args, context)) is None:
+            backward = GraphedBackward(eager, list(state.model.parameters()), parts=args.grad_accum_steps)
+        else:
+            _logger.info("--cuda-graphs: steps run eagerly, because %s", reason)
+    return lambda images, targets, parts: backward(*criterion.prepare(images, targets), parts)
+
+
 def train_one_epoch(
     state: TrainState,
     loader: TrainLoader,
-    criterion: Criterion,
+    backward: Backward,
     args: Flags,
     context: DistributedContext,
     reporter: Reporter,
@@ -59,13 +85,13 @@ def train_one_epoch(
 
     Returns:
         Mean loss and gradient norm of its updates, learning rate, images per second, seconds, of them seconds spent
-        waiting for data, and the largest memory in MiB; None if a stop was requested before the end.
+        waiting for data and for the device, and the largest memory in MiB; None if a stop was requested before the end.
 
     Raises:
         UserError: a loss or gradient is not finite, unless `--if_continue_inf`.
     """
     state.forward.train(args.train_mode)
-    steps, images_seen, waited, begun = len(loader), 0, 0.0, time.perf_counter()
+    steps, images_seen, data_wait, device_wait, begun = len(loader), 0, 0.0, 0.0, time.perf_counter()
     loader.set_epoch(state.epoch)
     loader.set_start_step(state.step)
     # An epoch that was stopped between its last step and its evaluation has no steps left.
@@ -74,10 +100,13 @@ def train_one_epoch(
     lr = max(group["lr"] for group in state.optimizer.param_groups)
     while state.step < steps:
         group = min(args.grad_accum_steps, steps - state.step)
-        loss, seconds = _accumulate(state, batches, group, criterion, args, context, reporter)
-        waited += seconds
+        loss, for_data = _accumulate(state, batches, group, backward, args, context, reporter)
         norm = _clip(state, args)
+        # The host learns the loss when the device has come this far.
+        tick = time.perf_counter()
         loss, norm, stop, save = _agree(loss, norm, state.stop_requested, manager.due(group), context)
+        for_device = time.perf_counter() - tick
+        data_wait, device_wait = data_wait + for_data, device_wait + for_device
         if math.isfinite(loss) and math.isfinite(norm):
             _update(state)
             state.loss_sum, state.norm_sum = state.loss_sum + loss, state.norm_sum + norm
@@ -92,7 +121,8 @@ def train_one_epoch(
         images_seen += images
         state.step += group
         reporter.step(
-            loss=loss, images=images, steps=group, waited=seconds, at=state.epoch * steps + state.step,
+            loss=loss, images=images, steps=group, data_wait=for_data, device_wait=for_device,
+            at=state.epoch * steps + state.step,
             train={"lr": lr, "grad_norm": norm, "memory_mib": memory_mib(context.device)},
         )  # fmt: skip
         if stop:
@@ -109,7 +139,8 @@ def train_one_epoch(
         "train_lr": lr,
         "train_images_per_s": images_seen / seconds,
         "train_s": seconds,
-        "train_data_wait_s": waited,
+        "train_data_wait_s": data_wait,
+        "train_device_wait_s": device_wait,
         "train_memory_mib": memory_mib(context.device),
         "skipped_updates": state.skipped,
     }
@@ -119,7 +150,7 @@ def _accumulate(
     state: TrainState,
     batches: Iterator[tuple[torch.Tensor, torch.Tensor]],
     group: int,
-    criterion: Criterion,
+    backward: Backward,
     args: Flags,
     context: DistributedContext,
     reporter: Reporter,
@@ -127,7 +158,6 @@ def _accumulate(
     """Gradients of the mean loss of the next `group` batches; returns the loss and seconds of waiting for data."""
     state.optimizer.zero_grad()
     total, waited = torch.zeros((), dtype=torch.float32, device=context.device), 0.0
-    options = model_options(args, state.model)
     for k in range(group):
         tick = time.perf_counter()
         images, targets = next(batches)
@@ -137,10 +167,7 @@ def _accumulate(
         seed_all(args.seed, _STEP_STREAM, state.epoch, state.step + k, context.rank)
         images, targets = images.to(context.device, non_blocking=True), targets.to(context.device, non_blocking=True)
         with nullcontext() if k == group - 1 else without_gradient_exchange(state.forward):
-            with autocast(args, context):
-                loss = criterion(lambda x: state.forward(x, **options), images, targets) / group
-            (loss if state.scaler is None else state.scaler.scale(loss)).backward()
-        total += loss.detach()
+            total += backward(images, targets, group)
     return total, waited
 
 

@@ -206,6 +206,9 @@ class Model(Common):
     )  # fmt: skip
     attn_only: bool = _flag(False, "train the mixers, the embeddings and the head; freeze everything else")
     compile: bool = _flag(False, "compile the model by torch.compile")
+    cuda_graphs: bool = _flag(
+        False, "replay forward and backward from a CUDA graph, on one GPU: the host launches them in one call"
+    )
     grad_checkpointing: bool = _flag(False, "recompute each block in the backward pass to save memory")
 
 
@@ -320,6 +323,12 @@ class Run(Common):
         ["tensorboard"], "trackers that get the figures, besides log.txt", kind=str, counts=(1, 4), choices=TRACKERS
     )
     project: str = _flag("vision-mamba", "project of Weights & Biases, experiment of MLflow", may_be_empty=False)
+    profile: int = _flag(
+        0,
+        "profile N training steps after the first few: a trace and a table in --output-dir",
+        Bounds(0, 1000),
+        metavar="N",
+    )
     histograms: bool = _flag(False, "send weights and gradients of each epoch to the trackers as histograms")
 
 
