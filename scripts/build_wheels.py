@@ -5,6 +5,8 @@ The compiler is that of the PyPI package ziglang, which compiles for another sys
     pip install 'vision-mamba[wheels]'
     python scripts/build_wheels.py                      # Linux (x86_64 and aarch64), macOS and Windows, into dist/
     python scripts/build_wheels.py linux-x86_64 --cuda  # with the CUDA kernels, where nvcc and g++ are
+
+With `linux-aarch64 --cuda` the nvcc of x86_64 and Debian's g++-aarch64-linux-gnu compile for aarch64.
 """
 
 import argparse
@@ -19,6 +21,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 CUDA_ARCHITECTURES = "80;90;100;120"
+CUDA_HOST_COMPILERS = {"linux-x86_64": "g++", "linux-aarch64": "aarch64-linux-gnu-g++"}
 CUDA_LIBRARIES = (("causal_conv1d_vim", "causal_conv1d_cuda"), ("mamba_ssm_vim", "mamba_ssm_cuda"))
 LIBRARIES = (("causal_conv1d_vim", "vim_conv"), ("mamba_ssm_vim", "vim_mamba"), ("mamba_ssm_vim", "vim_onnxruntime"))
 
@@ -58,22 +61,53 @@ def python(*arguments: str | Path) -> str:
     return done.stdout + done.stderr
 
 
-def cuda_settings() -> dict[str, str]:
-    """CMake's definitions for the CUDA kernels: nvcc with the host's g++, linked for the older libc.
+def cuda_settings(name: str) -> dict[str, str]:
+    """CMake's definitions for the CUDA kernels: nvcc with a g++ for the platform, linked for the older libc.
 
     Raises:
-        BuildError: there is no nvcc or no g++.
+        BuildError: there is no nvcc, no such g++, or the CUDA runtime for aarch64 cannot be had.
     """
-    compilers = {name: shutil.which(name) for name in ("nvcc", "g++")}
-    for name, path in compilers.items():
+    compilers = {each: shutil.which(each) for each in ("nvcc", CUDA_HOST_COMPILERS[name])}
+    for each, path in compilers.items():
         if path is None:
-            raise BuildError(f"--cuda needs {name} on the PATH")
-    return {
+            raise BuildError(f"--cuda needs {each} on the PATH")
+    nvcc, host = compilers.values()
+    nvcc = Path(nvcc).resolve()
+    settings = {
         "VIM_BUILD_CUDA": "ON",
         "VIM_CUDA_ARCHS": CUDA_ARCHITECTURES,
-        "CMAKE_CUDA_COMPILER": str(Path(compilers["nvcc"]).resolve()),
-        "CMAKE_CUDA_HOST_COMPILER": compilers["g++"],
+        "CMAKE_CUDA_COMPILER": str(nvcc),
+        "CMAKE_CUDA_HOST_COMPILER": host,
     }
+    if name == "linux-aarch64":
+        # A toolkit for x86_64 lacks nothing but the runtime library; its headers serve both.
+        headers, library = cuda_for_aarch64(nvcc)
+        settings["CMAKE_CUDA_FLAGS"] = f"-I{headers} -L{library}"
+        settings["CMAKE_SHARED_LINKER_FLAGS"] = f"-s -L{library}"
+    return settings
+
+
+def cuda_for_aarch64(nvcc: Path) -> tuple[Path, Path]:
+    """The folders of the toolkit's headers, and of the CUDA runtime that NVIDIA packages for aarch64 and its version.
+
+    Raises:
+        BuildError: nvcc does not tell where it is, or the package cannot be had.
+    """
+    plan = [nvcc, "--dryrun", "-c", "-x", "cu", "/dev/null", "-o", "/dev/null"]  # prints its settings
+    told = subprocess.run(plan, text=True, capture_output=True, check=False).stderr
+    top, version = re.search(r"TOP=(.+)", told), re.search(r"__CUDACC_VER_MAJOR__=(\d+).+MINOR__=(\d+)", told)
+    if top is None or version is None:
+        raise BuildError(f"{nvcc} does not tell where its headers are:\n{told[-2000:]}")
+    release = f"{version[1]}.{version[2]}"
+    folder = ROOT / "build" / "wheels" / f"cuda-{release}-aarch64"
+    if not (found := sorted(folder.rglob("libcudart_static.a"))):
+        with tempfile.TemporaryDirectory() as download:
+            python("-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", download,
+                   "--platform", "manylinux2014_aarch64", f"nvidia-cuda-runtime=={release}.*")  # fmt: skip
+            (wheel,) = Path(download).glob("*.whl")
+            zipfile.ZipFile(wheel).extractall(folder)
+        found = sorted(folder.rglob("libcudart_static.a"))
+    return Path(top[1].strip()).resolve() / "include", found[0].parent
 
 
 def compile_wheel(name: str, output: Path, isolated: bool, cuda: bool) -> Path:
@@ -96,7 +130,7 @@ def compile_wheel(name: str, output: Path, isolated: bool, cuda: bool) -> Path:
         "cmake.define.VIM_ZIG_PYTHON": sys.executable,
         "install.strip": "false",  # by the linker, because the host's strip may not know the format
     }
-    for key, value in (cuda_settings() if cuda else {"VIM_BUILD_CUDA": "OFF"}).items():
+    for key, value in (cuda_settings(name) if cuda else {"VIM_BUILD_CUDA": "OFF"}).items():
         settings[f"cmake.define.{key}"] = value
     options = [] if isolated else ["--no-build-isolation"]
     options += [f"--config-settings={key}={value}" for key, value in settings.items()]
@@ -153,11 +187,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "dist", help="folder for the wheels")
     parser.add_argument("--no-build-isolation", action="store_true", help="use the installed scikit-build-core")
     parser.add_argument(
-        "--cuda", action="store_true", help=f"CUDA kernels too ({CUDA_ARCHITECTURES} and PTX), x86_64 only"
+        "--cuda", action="store_true", help=f"CUDA kernels too ({CUDA_ARCHITECTURES} and PTX), on Linux only"
     )
     args = parser.parse_args(argv)
-    if args.cuda and args.platforms != ["linux-x86_64"]:
-        parser.error("--cuda goes with linux-x86_64 alone")
+    if args.cuda and not (args.platforms and set(args.platforms) <= CUDA_HOST_COMPILERS.keys()):
+        parser.error(f"--cuda goes with {' and '.join(CUDA_HOST_COMPILERS)} only: name one or both")
     if unknown := set(args.platforms) - PLATFORMS.keys():
         parser.error(f"there is no platform {unknown.pop()}: choose some of {', '.join(PLATFORMS)}")
     try:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,8 @@ def builder():
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    (["linux-riscv64"], "no platform linux-riscv64"), (["linux-aarch64", "--cuda"], "--cuda goes with linux-x86_64"),
+    (["linux-riscv64"], "no platform linux-riscv64"), (["macos-arm64", "--cuda"], "--cuda goes with linux-x86_64"),
+    (["--cuda"], "--cuda goes with"),
 ])  # fmt: skip
 def test_builder_refuses(arguments, words, builder, capsys):
     with pytest.raises(SystemExit) as exit_:
@@ -43,11 +45,38 @@ def test_builder_refuses(arguments, words, builder, capsys):
     assert words in capsys.readouterr().err
 
 
-def test_builder_without_nvcc(builder, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(builder.shutil, "which", lambda name: None)
-    assert builder.main(["linux-x86_64", "--cuda", "--output", str(tmp_path / "dist")]) == 1
-    assert "--cuda needs nvcc" in capsys.readouterr().err
+@pytest.mark.parametrize(("platform", "missing"), [
+    ("linux-x86_64", "nvcc"), ("linux-x86_64", "g++"), ("linux-aarch64", "aarch64-linux-gnu-g++"),
+])  # fmt: skip
+def test_builder_without_a_compiler(platform, missing, builder, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(builder.shutil, "which", lambda name: None if name == missing else f"/usr/bin/{name}")
+    assert builder.main([platform, "--cuda", "--output", str(tmp_path / "dist")]) == 1
+    assert f"--cuda needs {missing}" in capsys.readouterr().err
     assert not (tmp_path / "dist").exists()
+
+
+def test_cuda_for_aarch64(builder, monkeypatch, tmp_path):
+    """Headers are where nvcc says, the runtime comes from NVIDIA's package of nvcc's version, once."""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(
+        "#!/bin/sh\necho '#$ TOP=/toolkit/bin/..' >&2\n"
+        "echo '#$ gcc -D__CUDACC_VER_MAJOR__=13 -D__CUDACC_VER_MINOR__=0' >&2\n"
+    )
+    nvcc.chmod(0o755)
+    asked = []
+
+    def download(*command):
+        asked.append(command[-1])
+        with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "runtime.whl", "w") as wheel:
+            wheel.writestr("nvidia/cu13/lib/libcudart_static.a", "")
+
+    monkeypatch.setattr(builder, "python", download)
+    monkeypatch.setattr(builder, "ROOT", tmp_path)
+    for _ in range(2):
+        headers, library = builder.cuda_for_aarch64(nvcc)
+        assert headers == Path("/toolkit/include")
+        assert (library / "libcudart_static.a").exists()
+    assert asked == ["nvidia-cuda-runtime==13.0.*"]
 
 
 def test_symbols_of_a_newer_libc_are_refused(builder, monkeypatch, tmp_path):
