@@ -16,7 +16,7 @@ class SimpleFeaturePyramid(nn.Module):
     Args:
         in_channels: channels of the map.
         out_channels: channels of every output.
-        scales: factors, finest first, of 4, 2, 1 and 0.5.
+        scales: factors, finest first, of 4, 2, 1, 0.5 and 0.25.
         num_outs: outputs; those beyond `scales` halve the last one by subsampling.
 
     Raises:
@@ -50,7 +50,7 @@ class RescaledMaps(nn.Module):
 
     Args:
         channels: of every map, input and output.
-        scales: factors, one for each map, of 4, 2, 1 and 0.5.
+        scales: factors, one for each map, of 4, 2, 1, 0.5 and 0.25.
 
     Raises:
         ValueError: a factor that is not among these.
@@ -84,9 +84,9 @@ def _resize(channels: int, narrowed: tuple[int, int], scale: float) -> tuple[lis
         return [nn.ConvTranspose2d(channels, first, 2, 2)], first
     if scale == 1:
         return [], channels
-    if scale == 0.5:
-        return [nn.MaxPool2d(2, 2)], channels
-    raise ValueError(f"scale {scale} is not one of 4, 2, 1 and 0.5")
+    if scale in (0.5, 0.25):
+        return [nn.MaxPool2d(round(1 / scale))], channels
+    raise ValueError(f"scale {scale} is not one of 4, 2, 1, 0.5 and 0.25")
 
 
 def _convolution(in_channels: int, out_channels: int, size: int) -> nn.Sequential:
