@@ -4,7 +4,7 @@
     TRITON_INTERPRET=1 python benchmarks/gpu.py --tiny        # on a CPU, to see that everything runs
 
 Writes results.csv (after every section), and ends with a table. Times are medians of CUDA events; kernels
-and small batches are replayed from CUDA graphs. The floor of a kernel is the larger of its bytes over the bandwidth of
+and models also are replayed from CUDA graphs. The floor of a kernel is the larger of its bytes over the bandwidth of
 a large copy and its special-function operations (exp2, log2, reciprocal) over their measured rate. A section that fails
 says so and the others go on, and the exit status is 1. `pytest -m gpu` checks the same kernels' results.
 """
@@ -258,76 +258,101 @@ def mixers(bench: Bench) -> None:
                 bench.add("mixer", "mixer forward and backward", **common, ms=seconds * 1e3)
 
 
-def make_model(bench: Bench, name: str, resolution: int) -> torch.nn.Module:
+# name, batch, size, training step or not: the cases in which Vim and DeiT are compared.
+CASES = (
+    ("tiny", 128, 224, False), ("tiny", 128, 224, True), ("small", 128, 224, False), ("small", 128, 224, True),
+    ("tiny", 32, 512, False), ("tiny", 32, 512, True), ("tiny", 32, 1248, False), ("tiny", 8, 1248, False),
+    ("tiny", 8, 1248, True),
+)  # fmt: skip
+PEERS = ("vim", "deit", "deit, plain attention")
+
+
+def make_model(bench: Bench, peer: str, size: str, resolution: int) -> torch.nn.Module:
+    """A model of `PEERS` in one of the published sizes."""
     import timm
+    from timm.layers import set_fused_attn
 
     import vim.models  # noqa: F401 - registers the models
 
     torch.manual_seed(0)
-    return timm.create_model(name, img_size=resolution).to(bench.device)
+    if peer == "vim":
+        name = "vim_nano_patch4_32" if size == "nano" else f"vim_{size}_patch16_224"
+        return timm.create_model(name, img_size=resolution).to(bench.device)
+    set_fused_attn(peer == "deit")
+    try:
+        width = {"embed_dim": 32, "depth": 1, "num_heads": 1, "patch_size": 8} if size == "nano" else {}
+        name = f"deit_{'tiny' if size == 'nano' else size}_patch16_224"
+        return timm.create_model(name, img_size=resolution, **width).to(bench.device)
+    finally:
+        set_fused_attn(True)
 
 
 def run_model(
-    bench: Bench, section: str, what: str, model, batch, size, dtype, *, train=False, backend=None, graph=False
-) -> None:
-    """One row: forward, or forward, backward and gradient reset; eager, or replayed from a CUDA graph."""
+    bench: Bench, what: str, model: torch.nn.Module, batch: int, size: int, *, train: bool = False, mode: str = "eager",
+    dtype: torch.dtype = torch.bfloat16, backend: str | None = None,
+) -> None:  # fmt: skip
+    """One row: forward, or forward, backward and gradient reset; eager, from a CUDA graph, or compiled."""
     images = torch.randn(batch, 3, size, size, device=bench.device)
+    labels = torch.randint(10, (batch,), device=bench.device)
     narrow = torch.autocast(bench.device, dtype=dtype, enabled=dtype != torch.float32)
     model.train(train)
+    call = torch.compile(model, mode="reduce-overhead") if mode == "compiled" else model
 
     def forward():
         with torch.no_grad(), narrow:
-            return model(images)
+            return call(images)
 
     def step():
         with narrow:
-            loss = F.cross_entropy(model(images).float(), labels)
+            loss = F.cross_entropy(call(images).float(), labels)
         loss.backward()
         for p in model.parameters():
             p.grad = None
 
-    labels = torch.randint(10, (batch,), device=bench.device)
-    row = {"backend": backend or "auto", "dtype": short(dtype), "batch": batch, "size": size}
-    note = {"note": "graph replay"} if graph and bench.gpu else {}
+    run = step if train else forward
+    row = {"backend": backend or "auto", "dtype": short(dtype), "batch": batch, "size": size, "note": mode}
+    what = f"{what} {'training step' if train else 'inference'}"
     try:
         if bench.gpu:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         with use_backend(backend) if backend else contextlib.nullcontext():
-            seconds = bench.time(step if train else forward, graph=graph, rounds=5, repeats=3)
+            if mode == "compiled":
+                for _ in range(3):  # compiles, warms up, records its graphs
+                    run()
+            seconds = bench.time(run, graph=mode == "graph", rounds=5, repeats=3)
         memory = torch.cuda.max_memory_allocated() / 1e9 if bench.gpu else None
-        bench.add(section, what, **row, ms=seconds * 1e3, images_s=batch / seconds, peak_gb=memory, **note)
+        bench.add("models", what, **row, ms=seconds * 1e3, images_s=batch / seconds, peak_gb=memory)
     except torch.cuda.OutOfMemoryError:
-        bench.add(section, what, **row, note="out of memory")
+        bench.add("models", what, **(row | {"note": f"{mode}: out of memory"}))
         torch.cuda.empty_cache()
 
 
 def models(bench: Bench) -> None:
-    """Vim-Ti and Vim-S at 224 pixels, inference and training step, replayed from CUDA graphs and eager."""
+    """Vim beside DeiT with fused and with plain attention: eager, from a CUDA graph, compiled (reduce-overhead)."""
     tiny, quick = bench.options.tiny, bench.options.quick
-    names = {"vim_nano_patch4_32": 32} if tiny else {"vim_tiny_patch16_224": 224, "vim_small_patch16_224": 224}
-    full, half = torch.float32, torch.bfloat16
-    for name, size in names.items():
-        model = make_model(bench, name, size)
-        infer, step = name + " inference", name + " training step"
-        if tiny:
-            runs = [(infer, 1, full, {}), (step, 1, full, {"train": True})]
-        else:
-            runs = [
-                (infer, 128, half, {"graph": True}), (infer, 128, half, {}),
-                (step, 128, half, {"graph": True, "train": True}), (step, 128, half, {"train": True}),
-                (infer, 128, full, {"graph": True}), (step, 128, full, {"graph": True, "train": True}),
-            ]  # fmt: skip
-            runs += [] if quick else [
-                (infer, 1, half, {"graph": True}), (infer, 8, half, {"graph": True}),
-                (infer, 128, half, {"graph": True, "backend": "triton"}),
-                (step, 128, half, {"graph": True, "train": True, "backend": "triton"}),
-            ]  # fmt: skip
-        for what, batch, dtype, more in runs:
-            if not bench.spare():
-                return
-            run_model(bench, "models", what, model, batch, size, dtype, **more)
-        del model
+    for size, batch, resolution, train in (("nano", 1, 32, False), ("nano", 1, 32, True)) if tiny else CASES:
+        for peer in PEERS[:2] if quick else PEERS:
+            # Compiling takes a minute a model, and plain attention is there for the paper's comparison alone.
+            compiled = (size, resolution) == ("tiny", 224) and peer != PEERS[2]
+            modes = ("graph",) if peer == PEERS[2] else ("eager", "graph", *(("compiled",) if compiled else ()))
+            model = make_model(bench, peer, size, resolution)
+            for mode in modes:
+                if not bench.spare():
+                    return
+                run_model(bench, f"{peer}-{size}", model, batch, resolution, train=train, mode=mode)
+                torch.compiler.reset()
+            del model
+    if tiny or quick:
+        return
+    model = make_model(bench, "vim", "tiny", 224)
+    for batch, more in (
+        (1, {}), (8, {}), (128, {"dtype": torch.float32}), (128, {"dtype": torch.float32, "train": True}),
+        (128, {"backend": "triton"}), (128, {"backend": "triton", "train": True}),
+    ):  # fmt: skip
+        if not bench.spare():
+            return
+        run_model(bench, "vim-tiny", model, batch, 224, mode="graph", **more)
 
 
 def write(bench: Bench) -> None:
@@ -357,7 +382,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="fewer shapes, dtypes and resolutions")
     parser.add_argument("--tiny", action="store_true", help="sizes for a CPU with TRITON_INTERPRET=1")
     parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder for results.csv")
-    parser.add_argument("--seconds", type=float, default=330, help="start nothing new after this time")
+    parser.add_argument("--seconds", type=float, default=540, help="start nothing new after this time")
     options = parser.parse_args(argv)
     wanted = options.only.split(",")
     if unknown := set(wanted) - set(SECTIONS):

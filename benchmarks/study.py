@@ -68,6 +68,21 @@ def train(model: str, options: dict, seed: int, args: argparse.Namespace, folder
     return epochs
 
 
+def model_of(study: str, arm: str) -> str:
+    """Model and arguments of an arm as text."""
+    model, options = STUDIES[study][arm]
+    return f"{model} {sorted(options.items())}"
+
+
+def runs_by_model(rows: list[dict[str, str]]) -> dict[tuple[str, str], list[dict[str, float]]]:
+    """Epochs by model and seed: the published model is an arm of each study, and need be trained only once."""
+    runs: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
+    for row in rows:
+        epoch = {"epoch": int(row["epoch"]), "top1": float(row["top1"]), "train_s": float(row["train_s"])}
+        runs.setdefault((model_of(row["study"], row["arm"]), row["seed"]), {})[int(row["epoch"])] = epoch
+    return {key: list(epochs.values()) for key, epochs in runs.items()}
+
+
 def last_epochs(rows: list[dict[str, str]], study: str) -> dict[str, list[float]]:
     """Top-1 after the last epoch of each seed, by arm."""
     found: dict[str, list[float]] = {}
@@ -136,13 +151,18 @@ def study(args: argparse.Namespace) -> None:
     if any(row["epochs"] != str(args.epochs) for row in read_rows(path)):
         raise UserError(f"{path} holds runs of another number of epochs: choose another --out")
     done = {(row["study"], row["arm"], row["seed"]) for row in read_rows(path)}
+    known = runs_by_model(read_rows(path))
     for seed in args.seeds:
         for name in args.only:
             for arm, (model, options) in STUDIES[name].items():
                 if (name, arm, str(seed)) in done or (args.arms and arm not in args.arms):
                     continue
                 print(f"== {name}, {arm}, seed {seed}", flush=True)
-                epochs = train(model, options, seed, args, args.out / f"{name}-{arm.replace(' ', '-')}-{seed}")
+                key = (model_of(name, arm), str(seed))
+                if key not in known:
+                    folder = args.out / f"{name}-{arm.replace(' ', '-')}-{seed}"
+                    known[key] = train(model, options, seed, args, folder)
+                epochs = known[key]
                 row = {"study": name, "arm": arm, "seed": seed, "epochs": args.epochs}
                 append_rows(path, COLUMNS, [row | epoch for epoch in epochs])
                 draw(read_rows(path), path.with_suffix(".png"))

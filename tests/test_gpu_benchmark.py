@@ -38,6 +38,12 @@ def test_measures_models(tmp_path):
     result = run(tmp_path, "--tiny", "--only", "mixer,models", TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stdout + result.stderr
     assert {row["section"] for row in rows(tmp_path)} == {"mixer", "models"}
+    measured = {(row["what"], row["note"]) for row in rows(tmp_path) if row["section"] == "models"}
+    for peer in ("vim-nano", "deit-nano"):
+        assert {
+            (f"{peer} {what}", mode) for what in ("inference", "training step") for mode in ("eager", "graph")
+        } <= measured
+    assert ("deit, plain attention-nano inference", "graph") in measured
 
 
 def test_refuses_a_machine_without_a_gpu(tmp_path):

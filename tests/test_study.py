@@ -36,6 +36,24 @@ def test_equal_time_and_equal_epochs() -> None:
     assert study.at_equal_time(found) == {"Vim": [50.0], "DeiT": [60.0]}
 
 
+def test_the_published_model_is_trained_once_a_seed(tmp_path, monkeypatch) -> None:
+    trained = []
+
+    def train(model, options, seed, args, folder):
+        trained.append((model, str(options), seed))
+        return [{"epoch": k + 1, "top1": 80.0 + k, "train_s": 2.0 * (k + 1)} for k in range(2)]
+
+    monkeypatch.setattr(study, "train", train)
+    argv = ["--epochs", "2", "--out", str(tmp_path), "--seeds", "0", "1"]
+    assert study.main([*argv, "--only", "direction"]) == 0
+    assert study.main(argv) == 0
+    assert len(trained) == len(set(trained)) == 2 * 9  # of 11 arms three are the published model
+    with (tmp_path / "study.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 11 * 2
+    assert {row["top1"] for row in rows if row["arm"] == "Vim"} == {"80.0", "81.0"}
+
+
 @pytest.mark.slow
 def test_a_run_is_written_once(tmp_path, capsys) -> None:
     argv = ["--only", "class-token", "--arms", "head", "--seeds", "3", "--epochs", "1", "--out", str(tmp_path)]
