@@ -2,7 +2,7 @@
 # Set up .venv, lint, check types, and run the tests that take seconds. Further arguments go to pytest.
 # shellcheck source=scripts/_setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
-install_project "test,export"
+install_project "test,export,docs"
 
 echo "== lint"
 .venv/bin/ruff check .

@@ -1,14 +1,16 @@
 """README and docs/: links lead somewhere, pictures are drawn by their script, quoted messages are the program's."""
 
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # Messages of other projects that docs/troubleshooting.md explains.
 FOREIGN = {
     "undefined symbol", "incompatible function arguments", "selective_scan_cuda", "causal_conv1d_cuda",
@@ -39,6 +41,30 @@ def test_links(page):
         assert linked.exists(), target
         if anchor:
             assert anchor in anchors(linked), target
+
+
+@pytest.mark.slow
+def test_site(tmp_path):
+    """A strict build, in which a warning is an error; links to files outside docs/ lead to copies of them."""
+    pytest.importorskip("mkdocstrings", reason="needs the docs extra")
+    pytest.importorskip("material", reason="needs the docs extra")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert "WARNING" not in result.stderr
+    for page in tmp_path.rglob("*.html"):
+        if page.name != "404.html":  # served from any folder, so its links start at the root
+            for target in re.findall(r'(?:href|src)="?([^"\s>#]+)', page.read_text()):
+                if ":" not in target:
+                    linked = page.parent / unquote(target)
+                    assert linked.exists(), (page, target)
+                    assert (linked / "index.html").exists() or linked.is_file(), (page, target)
+    for name in ("assets/architecture-model.svg", "benchmarks/results/h200.csv", "NOTICE"):
+        assert (tmp_path / name).read_bytes() == (ROOT / name).read_bytes()
+    api = "".join((tmp_path / "reference" / page / "index.html").read_text() for page in ("models", "mamba_ssm_vim"))
+    for name in ("vim.models.VisionMamba", "vim.models.load_into", "mamba_ssm_vim.selective_scan"):
+        assert f'id="{name}"' in api
 
 
 def test_quoted_messages_are_in_the_sources():
