@@ -50,6 +50,25 @@ test_pipeline = [
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
     dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
 ]
+tta_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(
+        type="TestTimeAug",
+        transforms=[
+            [dict(type="Resize", scale=(s, s), keep_ratio=True) for s in (96, 80, 112)],
+            [dict(type="RandomFlip", prob=1.0), dict(type="RandomFlip", prob=0.0)],
+            [dict(type="LoadAnnotations", with_bbox=True)],
+            [
+                dict(
+                    type="PackDetInputs",
+                    meta_keys=(
+                        "img_id", "img_path", "ori_shape", "img_shape", "scale_factor", "flip", "flip_direction",
+                    ),
+                )
+            ],
+        ],
+    ),
+]  # fmt: skip
 train_dataloader = dict(
     batch_size=8,
     num_workers=0,

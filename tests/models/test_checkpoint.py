@@ -298,3 +298,19 @@ def test_what_is_no_checkpoint(damage, nano, tmp_path):
         extract_state_dict(load_checkpoint(path))
     assert "\n" not in str(caught.value)
     assert "epoch" in str(caught.value) if damage == "no weights" else path.name in str(caught.value)
+
+
+def test_types_that_others_allowed_stay_allowed(tmp_path):
+    """mmengine reads with torch.load what this loader reads too; neither may take the other's permission away."""
+    from vim.models.unpickling import DATA_TYPES
+
+    before = torch.serialization.get_safe_globals()
+    torch.save({"model": {}}, tmp_path / "c.pth")
+    try:
+        torch.serialization.add_safe_globals(DATA_TYPES[:3])
+        load_checkpoint(tmp_path / "c.pth")
+        assert all(kind in torch.serialization.get_safe_globals() for kind in DATA_TYPES[:3])
+        assert DATA_TYPES[3] not in torch.serialization.get_safe_globals()
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)

@@ -207,7 +207,7 @@ def evaluate(task: str, argv: list[str] | None = None) -> dict[str, float]:
 
     parser = _parser(f"Evaluate a {task} model with a Vim backbone.")
     parser.add_argument("checkpoint", help="checkpoint that train.py wrote")
-    parser.add_argument("--tta", action="store_true", help="several scales and mirror images")
+    parser.add_argument("--tta", action="store_true", help="several scales and mirror images; in detection boxes alone")
     parser.add_argument("--show-dir", help="folder to draw the predictions into")
     args = parser.parse_args(argv)
     cfg = load_config(task, args)
@@ -225,10 +225,16 @@ def evaluate(task: str, argv: list[str] | None = None) -> dict[str, float]:
         if "tta_pipeline" not in cfg or "tta_model" not in cfg:
             raise UserError(f"--tta needs tta_pipeline and tta_model, which {args.config} does not set")
         cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+        if task == "det":
+            # mmdet merges boxes alone, and refuses predictions with masks.
+            cfg.test_evaluator.metric = ["bbox"]
         cfg.tta_model.module = cfg.model
         cfg.model = cfg.tta_model
     runner = _runner(Runner, cfg)
-    check_weights(_bare(runner.model), cfg.load_from)
+    check_weights(_bare(_bare(runner.model)), cfg.load_from)
+    if args.tta and task == "det":
+        runner.load_or_resume()
+        _bare(_bare(runner.model)).roi_head.mask_head = None
     return runner.test()
 
 

@@ -3,11 +3,11 @@
 import importlib
 import warnings
 
-import numpy as np
 import torch
 
 from vim.dense import operators
 from vim.errors import UserError
+from vim.models.unpickling import DATA_TYPES
 
 INSTALL = "bash scripts/install_openmmlab.sh"
 
@@ -56,10 +56,5 @@ def _allow_runner_checkpoints() -> None:
     # Each history carries references to its class's methods, which only `getattr` could rebuild, and a checkpoint that
     # may use it can call anything. They are left out of what is saved; the class has them anyway.
     HistoryBuffer.__getstate__ = lambda self: {k: v for k, v in vars(self).items() if k != "_statistics_methods"}
-    multiarray = np._core.multiarray
-    allowed = [HistoryBuffer, np.ndarray, np.dtype, multiarray._reconstruct, multiarray.scalar]
-    allowed += [getattr(np.dtypes, f"{kind}DType") for kind in ("Float32", "Float64", "Int32", "Int64", "Bool")]
-    # What NumPy 1 called the same functions.
-    allowed += [(multiarray._reconstruct, "numpy.core.multiarray._reconstruct")]
-    allowed += [(multiarray.scalar, "numpy.core.multiarray.scalar")]
-    torch.serialization.add_safe_globals(allowed)
+    # Not numpy's own constructors: `load_checkpoint` has stand-ins, and of two for one name torch takes either.
+    torch.serialization.add_safe_globals([HistoryBuffer, *DATA_TYPES])
