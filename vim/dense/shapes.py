@@ -10,6 +10,7 @@ annotations/instances_{training,validation}.json   COCO's: boxes and masks of wh
 
 import argparse
 import json
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -76,18 +77,27 @@ def run_lengths(mask: np.ndarray) -> dict[str, list[int]]:
     return {"size": list(mask.shape), "counts": lengths.tolist()}
 
 
-def write_split(folder: Path, split: str, count: int, size: int, rng: np.random.Generator) -> None:
-    """Write the images of a split with both kinds of annotation."""
+def write_split(
+    folder: Path, split: str, content: Iterable[tuple[np.ndarray, list[tuple[int, np.ndarray]]]], classes: Sequence[str]
+) -> None:
+    """Write the images of a split with both kinds of annotation.
+
+    Args:
+        folder: of the data set.
+        split: "training" or "validation".
+        content: images (H, W, 3) uint8, each with its instances: index into `classes` and mask (H, W) bool.
+        classes: names of the instances' classes; in the label maps the background comes before them.
+    """
     for kind in ("images", "annotations"):
         (folder / kind / split).mkdir(parents=True, exist_ok=True)
     images, annotations = [], []
-    for i in range(count):
-        pixels, shapes = make_image(rng, size)
+    for i, (pixels, instances) in enumerate(content):
         name = f"{i:04d}"
         Image.fromarray(pixels).save(folder / "images" / split / f"{name}.jpg", quality=95)
-        labels = np.ones((size, size), np.uint8)
-        images.append({"id": i, "file_name": f"{name}.jpg", "height": size, "width": size})
-        for kind, mask in shapes:
+        labels = np.ones(pixels.shape[:2], np.uint8)
+        height, width = labels.shape
+        images.append({"id": i, "file_name": f"{name}.jpg", "height": height, "width": width})
+        for kind, mask in instances:
             labels[mask] = kind + 2
             rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
             box = [columns[0], rows[0], columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1]
@@ -101,9 +111,11 @@ def write_split(folder: Path, split: str, count: int, size: int, rng: np.random.
                 "segmentation": run_lengths(mask),
             })  # fmt: skip
         Image.fromarray(labels).save(folder / "annotations" / split / f"{name}.png")
-    categories = [{"id": i + 1, "name": name} for i, name in enumerate(CLASSES)]
-    content = {"images": images, "annotations": annotations, "categories": categories}
-    (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+    categories = [{"id": i + 1, "name": name} for i, name in enumerate(classes)]
+    notes = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "classes.txt").write_text("\n".join(("background", *classes)) + "\n")
+    # Last: who finds this file finds the rest of its split.
+    (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(notes))
 
 
 def write(folder: Path, train: int = 240, val: int = 60, size: int = 96, seed: int = 0) -> None:
@@ -121,9 +133,8 @@ def write(folder: Path, train: int = 240, val: int = 60, size: int = 96, seed: i
     """
     try:
         for i, (split, count) in enumerate((("training", train), ("validation", val))):
-            write_split(folder, split, count, size, np.random.default_rng([seed, i]))
-        # Last: who finds this file finds all.
-        (folder / "classes.txt").write_text("\n".join(("background", *CLASSES)) + "\n")
+            rng = np.random.default_rng([seed, i])
+            write_split(folder, split, (make_image(rng, size) for _ in range(count)), CLASSES)
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror}") from error
 

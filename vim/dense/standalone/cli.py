@@ -27,6 +27,7 @@ FLAGS = {
     "head": Flag("model around the backbone", str),
     "width": Flag("channels of pyramid and heads", int, bounds=Bounds(16, 4096)),
     "img-size": Flag("side of the training images in pixels", int, bounds=Bounds(32, 8192)),
+    "no-jitter": Flag("leave the scale of training images as it is", bool),
     "finetune": Flag("classification checkpoint to start the backbone from: file or hf-hub:owner/repository/file", str),
     "use-ema": Flag("take the averaged weights of --finetune", bool),
     "grad-checkpointing": Flag("recompute the backbone's blocks in the backward pass, to save memory", bool),
@@ -54,10 +55,10 @@ FLAGS = {
 
 # Beside the defaults of each task, what --data shapes starts from: a small model, learnt on a CPU in minutes.
 _COMMON: dict[str, Any] = {
-    "data": None, "arch": "vim_tiny_patch16_224", "model-kwargs": {}, "finetune": None, "use-ema": False,
-    "grad-checkpointing": False, "batch-size": 8, "weight-decay": 0.1, "eval-interval": 5000, "amp": "no",
-    "num-workers": 4, "seed": 0, "resume": False, "checkpoint": None, "eval": False, "demo": None, "score": 0.5,
-    "opacity": 0.5,
+    "data": None, "arch": "vim_tiny_patch16_224", "model-kwargs": {}, "no-jitter": False, "finetune": None,
+    "use-ema": False, "grad-checkpointing": False, "batch-size": 8, "weight-decay": 0.1, "eval-interval": 5000,
+    "amp": "no", "num-workers": 4, "seed": 0, "resume": False, "checkpoint": None, "eval": False,
+    "demo": None, "score": 0.5, "opacity": 0.5,
 }  # fmt: skip
 DEFAULTS: dict[str, dict[str, Any]] = {
     "det": {
@@ -73,7 +74,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 _SMALL = {
     "arch": "vim_nano_patch4_32", "model-kwargs": {"patch_size": 8, "stride": 8}, "weight-decay": 0.05,
-    "layer-decay": 0.95, "warmup": 30, "num-workers": 0,
+    "layer-decay": 0.95, "warmup": 30, "num-workers": 0, "no-jitter": True,
 }  # fmt: skip
 SHAPES: dict[str, dict[str, Any]] = {
     "det": {**_SMALL, "width": 64, "img-size": 96, "iterations": 400, "lr": 1e-3, "clip-grad": 5.0},
@@ -160,7 +161,7 @@ def _train(task: Any, values: dict[str, Any], given: set[str]) -> dict[str, floa
         Path(values["output-dir"]),
         values["img-size"],
     )
-    options = {"img_size": size, "jitter": values["data"] != "shapes"}
+    options = {"img_size": size, "jitter": not values["no-jitter"]}
     train_data = task.data(root, "training", train=True, **options)
     eval_data = task.data(root, "validation", train=False, **options)
     if train_data.classes != eval_data.classes:

@@ -222,7 +222,7 @@ def find_data(data: str, folder: Path) -> Path:
         UserError: there is no such folder.
     """
     if data == "shapes":
-        if not (folder / "classes.txt").is_file():
+        if not (folder / "annotations" / "instances_validation.json").is_file():
             shapes.write(folder)
         return folder
     if not Path(data).is_dir():
