@@ -111,6 +111,52 @@ def test_features_only():
     assert model(torch.randn(1, 3, 24, 48))[0].shape == (1, 64, 6, 12), "any size"
 
 
+SMALL = {"depth": 4, "embed_dim": 16, "features_only": True}
+
+
+@pytest.mark.parametrize("feature_cls", ["hook", "fx"])
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("vim_nano_patch4_32", {}),
+        ("vim_nano_patch4_32", {"if_bidirectional": True, "bimamba_type": "none", "out_indices": (1, 3)}),
+        ("vim_nano_patch4_32", {"bimamba_type": "none", "if_bidirectional": True, "depth": 2}),
+        ("vim_nano_patch4_32", {"if_rope": True, "if_rope_residual": True, "depth": 1}),
+        ("vim_nano_patch4_32", {"use_double_cls_token": True, "out_indices": [-1]}),
+        ("mambar_tiny_patch16_224", {"img_size": 64}),
+        ("fastvim_tiny_patch16_224", {"img_size": 64, "depth": 2}),
+        ("arm_base_patch16_224", {"img_size": 64, "mlp_dim": 32}),
+        ("videomamba_tiny_patch16_f8_224", {"img_size": 32, "num_frames": 2}),
+    ],
+)
+def test_feature_maps_of_hooks_and_graphs(name, kwargs, feature_cls):
+    """What timm's other ways of taking features give is what its getter gives: maps, of every kind of model."""
+    models = []
+    for cls in ({}, {"feature_cls": feature_cls}):
+        torch.manual_seed(0)
+        models.append(timm.create_model(name, **{**SMALL, **kwargs}, **cls).eval())
+    getter, other = models
+    x = torch.randn(2, *getter.model.input_shape)
+    maps = other(x)
+    assert other.feature_info.reduction() == getter.feature_info.reduction()
+    assert len(maps) == len(other.feature_info.channels())
+    for one, another in zip(getter(x), maps, strict=True):
+        assert torch.equal(one, another)
+    sum(m.sum() for m in maps).backward()
+
+
+def test_features_that_cannot_be_taken():
+    for kwargs, words in (
+        ({"feature_cls": "list"}, "feature_cls is 'list', expected 'getter'"),
+        ({"feature_cls": "hook", "out_indices": (0, 7)}, "indices is"),
+        ({"feature_cls": "fx", "out_indices": 9}, "indices is 9"),
+        ({"feature_cls": "fx", "merge_ratio": 0.2}, "merged tokens have no grid"),
+        ({"feature_cls": "hook", "if_bidirectional": True, "bimamba_type": "none", "out_indices": [0]}, "must be odd"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            timm.create_model("vim_nano_patch4_32", **SMALL, **kwargs)
+
+
 def test_in_chans_and_img_size():
     model = timm.create_model("vim_nano_patch4_32", in_chans=1, img_size=(28, 40), num_classes=2)
     assert model(torch.randn(1, 1, 28, 40)).shape == (1, 2)

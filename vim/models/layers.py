@@ -13,7 +13,7 @@ from timm.layers import DropPath
 from timm.models import register_notrace_function, register_notrace_module
 from torch import nn
 
-from vim.models.layout import TokenLayout
+from vim.models.layout import TokenLayout, split_tokens, to_map
 from vim.models.mixers import GridMixer
 
 
@@ -67,8 +67,51 @@ def apply_norm(
     return norm(stream.to(own.dtype)).to(hidden.dtype), stream
 
 
+def refuse_merged(merged: bool) -> None:
+    """Raise if tokens are merged, in one sentence for all ways of taking feature maps.
+
+    Raises:
+        ValueError: they are.
+    """
+    if merged:
+        raise ValueError("merged tokens have no grid, so there are no feature maps: build it with merge_ratio=0")
+
+
+@register_notrace_module
+class FeatureMap(nn.Module):
+    """The feature map after a block, as a module: hooks and graphs of torch.fx find it by its name.
+
+    The model calls it only for these (`wanted`), so that it costs nothing otherwise.
+    """
+
+    def __init__(self, clip: bool, column_major: bool, merged: bool) -> None:
+        super().__init__()
+        self.clip, self.column_major, self.merged = clip, column_major, merged
+
+    def forward(self, hidden: torch.Tensor, residual: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
+        """hidden and residual (B, L, D) after the block → (B, D, rows, columns), of a clip (B, D, frames, ...).
+
+        Raises:
+            ValueError: tokens are merged.
+        """
+        refuse_merged(self.merged)
+        return to_map(split_tokens(residual + hidden, layout)[1], layout, self.clip, self.column_major)
+
+    @torch.jit.ignore
+    def wanted(self, hidden: Any, whole: bool) -> bool:
+        """Whether somebody takes the map from the module, a hook or a tracer of torch.fx.
+
+        Args:
+            hidden: what the map would be of.
+            whole: the block has a map; the first one of a pair has none.
+        """
+        return whole and (
+            bool(self.__dict__["_forward_hooks"]) or (isinstance(hidden, torch.fx.Proxy) and not self.merged)
+        )
+
+
 class MixerBlock(nn.Module):
-    """What the blocks share: a mixer and its stochastic depth."""
+    """What the blocks share: a mixer and its stochastic depth. A backbone adds its `FeatureMap` as `map`."""
 
     follows_grid: Final[bool]
 

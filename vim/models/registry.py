@@ -22,6 +22,8 @@ from vim.models.checkpoint import (
     load_checkpoint,
     stored_grid,
 )
+from vim.models.checks import checked_indices
+from vim.models.layers import refuse_merged
 from vim.models.layout import special_positions
 from vim.models.vision_mamba import VisionMamba
 
@@ -171,6 +173,28 @@ def _download(url: str, path: Path) -> None:
         ) from error
 
 
+def _check_features(kwargs: dict[str, Any]) -> None:
+    """Complete what timm's `features_only` takes, and refuse what it cannot do, before anything is built."""
+    feature_cls, depth, pairs = (
+        kwargs.get("feature_cls"),
+        kwargs.get("depth", 24),
+        kwargs.get("if_bidirectional", False),
+    )
+    if isinstance(feature_cls, str) and feature_cls.lower() not in ("getter", "hook", "fx"):
+        raise ValueError(
+            f"feature_cls is {feature_cls!r}, expected 'getter' (the default), 'hook' or 'fx': the blocks of these "
+            "models are not a chain of modules that could be cut"
+        )
+    if not isinstance(depth, int) or depth < 1 or (pairs and depth % 2):
+        return  # the model says so itself
+    kwargs.setdefault("out_indices", min(4, depth // 2 if pairs else depth))
+    out_indices, _ = checked_indices(depth, pairs, kwargs["out_indices"])
+    if feature_cls not in (None, "getter"):
+        # timm would read the blocks of a pair one by one.
+        kwargs["out_indices"] = out_indices
+        refuse_merged(bool(kwargs.get("merge_ratio")))
+
+
 def create(variant: str, pretrained: bool, **kwargs: Any) -> VisionMamba:
     """timm's factory for a registered model of this project, with its own loading of weights."""
     # timm's factory passes these to every model, set or not.
@@ -180,6 +204,7 @@ def create(variant: str, pretrained: bool, **kwargs: Any) -> VisionMamba:
     if kwargs.get("features_only"):
         # Dense models take images of any size, and so do timm's own backbones that hold no table of positions.
         kwargs.setdefault("dynamic_img_size", True)
+        _check_features(kwargs)
     if pretrained:
         kwargs["pretrained_cfg_overlay"] = _with_weights(
             variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"), kwargs.get("cache_dir")
@@ -190,7 +215,7 @@ def create(variant: str, pretrained: bool, **kwargs: Any) -> VisionMamba:
             variant,
             pretrained,
             pretrained_filter_fn=_pretrained_filter,
-            feature_cfg={"out_indices": 4, "feature_cls": "getter"},
+            feature_cfg={"feature_cls": "getter"},
             **kwargs,
         )
     except RuntimeError as error:

@@ -21,7 +21,7 @@ from vim.models.checkpoint import checkpoint_filter_fn
 from vim.models.checks import check_arguments, checked_indices
 from vim.models.contract import TimmContract
 from vim.models.initialisation import init_videomamba, init_vim
-from vim.models.layers import Block, MlpBlock, SwiGLU, apply_norm, residual_norm
+from vim.models.layers import Block, FeatureMap, MlpBlock, SwiGLU, apply_norm, refuse_merged, residual_norm
 from vim.models.layout import TokenLayout, special_positions, split_tokens, to_map, token_layout
 from vim.models.merging import merge_tokens
 from vim.models.mixers import build_mixer
@@ -232,6 +232,8 @@ class VisionMamba(TimmContract):
                 blocks.append(MlpBlock(mixer, norms, mlp, rates[i], residual_in_fp32))
             else:
                 blocks.append(Block(mixer, norm_layer(embed_dim), rates[i], residual_in_fp32))
+        for block in blocks:
+            block.map = FeatureMap(clip=num_frames > 0, column_major=column_major, merged=merge_ratio > 0.0)
         self.layers = nn.ModuleList(blocks)
         # A block with an MLP has dropped its output already.
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0.0 and not mlp_dim else nn.Identity()
@@ -239,7 +241,7 @@ class VisionMamba(TimmContract):
         self.grid_bound = if_rope or (self.layers[0].follows_grid and (scan_pool != "none" or bimamba_type == "v3"))
         reduction = self.patch_embed.feat_ratio()
         self.feature_info = [
-            {"module": f"layers.{i}", "num_chs": embed_dim, "reduction": reduction} for i in range(depth)
+            {"module": f"layers.{i}.map", "num_chs": embed_dim, "reduction": reduction} for i in range(depth)
         ]
 
         # Head.
@@ -337,6 +339,8 @@ class VisionMamba(TimmContract):
                 hidden, residual = hidden + new_hidden.flip(1), residual + new_residual.flip(1)
             else:
                 hidden, residual = new_hidden, new_residual
+            if not torch.jit.is_scripting() and layer.map.wanted(hidden, second or not self.if_bidirectional):
+                layer.map(hidden, residual, layout)
             if i in take:
                 streams.append(self._final_norm(hidden, residual) if norm else residual + hidden)
             if self.merge_ratio > 0.0 and i in self.merge_blocks and residual is not None and not self.training:
@@ -443,8 +447,7 @@ class VisionMamba(TimmContract):
             take, last = checked_indices(len(self.layers), self.if_bidirectional, indices)
         hidden, layout = self._embed(x)
         depth = last + 1 if stop_early else len(self.layers)
-        if self.merge_ratio > 0.0:
-            raise ValueError("merged tokens have no grid, so there are no feature maps: build it with merge_ratio=0")
+        refuse_merged(self.merge_ratio > 0.0)
         hidden, residual, streams, _ = self._blocks(hidden, layout, take, norm, depth)
         maps: list[torch.Tensor] = []
         prefix: list[torch.Tensor] = []
