@@ -7,9 +7,12 @@ requeues itself and continues from there.
 
 import argparse
 import os
+import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,22 @@ class Training:
         return record
 
 
+def _at_least(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
+        return int(text)
+
+    return parse
+
+
+def _hours(text: str) -> float:
+    with suppress(ValueError):
+        if 0 < float(text) < 24 * 365:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"expected hours, above 0 and below a year, got {text!r}")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Flags of the submission."""
     recipes = sorted(p.stem for p in (ROOT / "vim" / "recipes").glob("*.yaml"))
@@ -51,12 +70,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, default=None, help="folder of the data set")
     parser.add_argument("--output", type=Path, required=True, help="folder of the run; SLURM's logs go to its slurm/")
     parser.add_argument("--finetune", type=Path, default=None, help="checkpoint to start from, of ft- recipes")
-    parser.add_argument("--nodes", type=int, default=1, help="nodes")
-    parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs, and tasks, of each; 0: one task on its CPU")
-    parser.add_argument("--tasks-per-node", type=int, default=0, help="tasks of each node; 0: one per GPU")
-    parser.add_argument("--cpus-per-task", type=int, default=10, help="cores of each task")
-    parser.add_argument("--hours", type=float, default=72.0, help="time limit; the run goes on in a next job")
-    parser.add_argument("--signal-s", type=int, default=180, help="seconds before the limit at which to save and stop")
+    parser.add_argument("--nodes", type=_at_least(1), default=1, help="nodes")
+    parser.add_argument(
+        "--gpus-per-node", type=_at_least(0), default=8, help="GPUs, and tasks, of each; 0: one task on its CPU"
+    )
+    parser.add_argument("--tasks-per-node", type=_at_least(0), default=0, help="tasks of each node; 0: one per GPU")
+    parser.add_argument("--cpus-per-task", type=_at_least(1), default=10, help="cores of each task")
+    parser.add_argument("--hours", type=_hours, default=72.0, help="time limit; the run goes on in a next job")
+    parser.add_argument(
+        "--signal-s", type=_at_least(1), default=180, help="seconds before the limit at which to save and stop"
+    )
     parser.add_argument("--partition", default=None, help="partition")
     parser.add_argument("--account", default=None, help="account")
     parser.add_argument("--constraint", default=None, help="kind of node")
@@ -95,8 +118,12 @@ def parameters(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in requested.items() if value is not None}
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Submit, or run on this machine with `--executor local`. Exit status: 0, or 2 after a user's error."""
+def submit(argv: list[str] | None) -> None:
+    """Submit, or run on this machine with `--executor local`.
+
+    Raises:
+        UserError: flags of main.py that are wrong, no submitit or SLURM, or a job that SLURM or the machine refuses.
+    """
     from vim.engine.arguments import parse_args
     from vim.errors import UserError
 
@@ -107,9 +134,6 @@ def main(argv: list[str] | None = None) -> int:
         # A misspelt flag is better known now than when the job starts.
         os.chdir(ROOT / "vim")
         parse_args(flags)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     finally:
         os.chdir(here)
     requested = parameters(args)
@@ -117,33 +141,44 @@ def main(argv: list[str] | None = None) -> int:
         for name, value in requested.items():
             print(f"{name}={value}")
         print(shlex.join(["main.py", *flags]))
-        return 0
+        return
     try:
         import submitit
-    except ImportError:
-        print("error: submitting needs submitit: pip install 'vision-mamba[slurm]'", file=sys.stderr)
-        return 2
+    except ImportError as error:
+        raise UserError("submitting needs submitit: pip install 'vision-mamba[slurm]'") from error
     folder = args.output / "slurm"
     kind = submitit.LocalExecutor if args.executor == "local" else submitit.AutoExecutor
     try:
         executor = kind(folder=str(folder)) if args.executor == "local" else kind(folder=str(folder), cluster="slurm")
     except RuntimeError as error:
-        print(
-            f"error: there is no SLURM here ({error}): submit from a login node, or pass --executor local",
-            file=sys.stderr,
-        )
-        return 2
+        raise UserError(
+            f"there is no SLURM here ({error}): submit from a login node, or pass --executor local"
+        ) from error
     executor.update_parameters(**requested)
     try:
         job = executor.submit(Training(flags))
     except submitit.core.utils.FailedJobError as error:
-        print(f"error: SLURM does not take the job: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
-        return 2
+        raise UserError(f"SLURM does not take the job: {str(error).strip().splitlines()[-1]}") from error
     print(f"job {job.job_id}: logs in {folder}")
     if args.executor == "local":
-        records = job.results()
+        try:
+            records = job.results()
+        except submitit.core.utils.FailedJobError as error:
+            raise UserError(f"the run failed: {_last_error(str(error))}; its logs are in {folder}") from error
         print(records[0])
-    return 0
+
+
+def _last_error(text: str) -> str:
+    """The line of an exception in the output of a failed job, which ends with its traceback."""
+    lines = [line.strip() for line in text.splitlines() if re.match(r"\w[\w.]*(Error|Exception|Interrupt)\b", line)]
+    return lines[-1] if lines else text.strip().splitlines()[0]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0, or 2 after an error of the user or a fault of the machine."""
+    from vim.errors import exit_status
+
+    return exit_status(lambda: submit(argv))
 
 
 if __name__ == "__main__":

@@ -94,6 +94,24 @@ def test_one_run_a_folder(argv, sentence, tmp_path):
     assert not (folder / lock.NAME).exists()
 
 
+def test_a_requeued_job_waits_for_the_lock_of_its_predecessor(argv, sentence, monkeypatch, tmp_path):
+    folder = tmp_path / "o"
+    folder.mkdir()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    monkeypatch.setattr(lock, "RETRY_S", 0.01)
+    monkeypatch.setattr(lock, "REQUEUED_WAIT_S", 0.05)
+    pid = holding(folder)
+    try:
+        assert "another run" in sentence(argv)
+        monkeypatch.setattr(lock, "REQUEUED_WAIT_S", 100)
+        monkeypatch.setattr(lock.time, "sleep", lambda _: (os.kill(pid, signal.SIGKILL), os.waitpid(pid, 0)))
+        with lock.locked(folder):
+            assert str(os.getpid()) in (folder / lock.NAME).read_text()
+    finally:
+        monkeypatch.undo()
+    assert not (folder / lock.NAME).exists()
+
+
 def test_a_removed_lock_is_not_waited_for(tmp_path):
     """Whoever opened the file just before its holder removed it must not take it for the folder's."""
     (tmp_path / lock.NAME).touch()

@@ -66,6 +66,22 @@ def test_job_that_slurm_refuses(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_faults_end_in_a_sentence(tmp_path):
+    """The machine's, the values' and the run's own; the last one's traceback stays in its log."""
+    (tmp_path / "file").touch()
+    local = ("--executor", "local", "--gpus-per-node", 0)
+    for argv, words in (
+        (("--output", tmp_path / "file" / "run", *local), "Not a directory (of the operating system)"),
+        (("--output", tmp_path / "run", "--hours", "nan"), "--hours: expected hours, above 0"),
+        (("--output", tmp_path / "run", "--nodes", 0), "--nodes: expected a whole number of at least 1"),
+        (("--output", tmp_path / "run", *local, "--data", tmp_path / "absent"), "absent is not a folder"),
+    ):
+        done = submit("pt-tiny", *argv)
+        assert done.returncode == 2, done.stderr
+        assert words in done.stderr
+        assert "Traceback" not in done.stderr
+
+
 @pytest.mark.slow
 def test_two_processes_on_this_machine(jpegs, tmp_path):
     """submitit starts both, they find each other, and train one model; the same command goes on from its checkpoint."""
@@ -169,7 +185,10 @@ def slurm(variables, *command):
 
 @pytest.mark.slow
 def test_signal_requeues_the_job_and_it_goes_on(cluster, jpegs, tmp_path):
-    """The signal that SLURM sends before a time limit: saved, back in the queue, resumed, the bits of a whole run."""
+    """The signal that SLURM sends before a time limit: saved, back in the queue, resumed, the bits of a whole run.
+
+    Before that its processes are killed, and the job is queued again by hand: what is left of the lock is none.
+    """
     flags = (
         "--gpus-per-node", 0, "--tasks-per-node", 2, "--cpus-per-task", 1, "--data", jpegs, "--data-set", "IMNET",
         "--in-chans", 3, "--batch-size", 1, "--device", "cpu", "--epochs", 40, "--trackers", "none",
@@ -179,19 +198,25 @@ def test_signal_requeues_the_job_and_it_goes_on(cluster, jpegs, tmp_path):
     assert done.returncode == 0, done.stderr
     job = done.stdout.split()[1].rstrip(":")
     log = tmp_path / "run" / "log.txt"
-    wait_for(lambda: log.exists() and log.read_text().count("\n") >= 3, 120, "the first epochs")
-    slurm(cluster, "scancel", "--signal=USR2", job)
 
     def state():
         return slurm(cluster, "squeue", "--noheader", "--states=all", "--format=%T", "--jobs", job).strip()
 
+    wait_for(lambda: log.exists() and log.read_text().count("\n") >= 2, 120, "the first epochs")
+    slurm(cluster, "scancel", "--signal=KILL", job)
+    wait_for(lambda: state() in ("FAILED", "CANCELLED", "COMPLETED"), 60, "the end of the killed part")
+    assert (tmp_path / "run" / ".lock").exists()
+    done = log.read_text().count("\n")
+    slurm(cluster, "scontrol", "requeue", job)
+    wait_for(lambda: log.read_text().count("\n") >= done + 2, 120, "the epochs after the kill")
+    slurm(cluster, "scancel", "--signal=USR2", job)
     wait_for(lambda: state() in ("PENDING", "REQUEUED", "COMPLETING"), 60, "the end of the first part")
     wait_for(lambda: state() in ("COMPLETED", "FAILED", "CANCELLED"), 200, "the second part")
     assert state() == "COMPLETED"
     lines = (tmp_path / "run" / "run.log").read_text()
     assert lines.count("stopped by a signal") == 1
     printed = "".join(p.read_text() for p in (tmp_path / "run" / "slurm").glob("*_log.err"))
-    assert printed.count("resuming from") == 1
+    assert printed.count("resuming from") == 2
     assert [json.loads(line)["epoch"] for line in log.read_text().splitlines()] == list(range(40))
     done = submit("ft-nano", "--output", tmp_path / "whole", "--executor", "local", *flags, GLOO_SOCKET_IFNAME="lo")
     assert done.returncode == 0, done.stderr

@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +20,8 @@ _logger = logging.getLogger("vision_mamba")
 
 NAME = ".lock"
 _HELD = (errno.EACCES, errno.EAGAIN)
+# A file server gives up the lock of a machine that is gone after a lease, of 90 s by default.
+REQUEUED_WAIT_S, RETRY_S = 180, 2.0
 
 
 @contextmanager
@@ -26,7 +29,8 @@ def locked(folder: Path | None) -> Iterator[None]:
     """Inside, no other process holds the folder's lock; None needs none.
 
     The lock is POSIX's, of the process: loader processes do not inherit it, and file servers pass it on to other hosts.
-    Where the file system has no locks, a warning says so.
+    Where the file system has no locks, a warning says so. A job that SLURM has started again waits for a while, as the
+    lock may be that of its own predecessor, whose machine is gone.
 
     Raises:
         UserError: another process holds it, or the file cannot be written.
@@ -45,6 +49,7 @@ def locked(folder: Path | None) -> Iterator[None]:
 def _take(path: Path) -> int | None:
     if fcntl is None:
         return None
+    patience = time.monotonic() + (REQUEUED_WAIT_S if os.environ.get("SLURM_RESTART_COUNT", "0").strip("0") else 0)
     while True:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -60,6 +65,10 @@ def _take(path: Path) -> int | None:
         except OSError as error:
             holder = os.pread(descriptor, 200, 0).decode(errors="replace") if error.errno in _HELD else ""
             os.close(descriptor)
+            if error.errno in _HELD and time.monotonic() < patience:
+                _logger.info("waiting for the lock of %s, held by %s", path.parent, holder or "a run that has begun")
+                time.sleep(RETRY_S)
+                continue
             if error.errno in _HELD:
                 raise UserError(
                     f"another run ({holder or 'which has just begun'}) writes into --output-dir {path.parent}: wait "
