@@ -12,6 +12,15 @@ _SETTINGS_OF_TRANSFORMERS = {  # name in ssm_cfg: name in transformers' MambaCon
     "bias": ("use_bias", False),
 }
 
+# Far beyond any model that was trained: a file that asks for more would keep a process busy until memory ends.
+_MOST = {"d_model": 2**17, "n_layer": 4096, "vocab_size": 10**7, "pad_vocab_size_multiple": 2**16}
+_MOST_OF_MIXER = {"d_state": 1024, "d_conv": 64, "expand": 64, "dt_rank": 2**17}
+
+
+def _check_size(name: str, size: Any, most: int) -> None:
+    if not isinstance(size, int) or not 1 <= size <= most:
+        raise ValueError(f"{name} is {size!r}, expected a whole number of at least 1 and at most {most:,}")
+
 
 @dataclass
 class MambaConfig:
@@ -32,7 +41,7 @@ class MambaConfig:
         norm_epsilon: added to the norms' mean squares; not in published files, whose models use 1e-5.
 
     Raises:
-        ValueError: a layer that this package does not have, or a size less than 1.
+        ValueError: a layer that this package does not have, or a size out of bounds.
     """
 
     d_model: int = 2560
@@ -50,10 +59,13 @@ class MambaConfig:
     norm_epsilon: float = 1e-5
 
     def __post_init__(self) -> None:
-        for name in ("d_model", "n_layer", "vocab_size", "pad_vocab_size_multiple"):
-            size = getattr(self, name)
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name} is {size!r}, expected a whole number of at least 1")
+        for name, most in _MOST.items():
+            _check_size(name, getattr(self, name), most)
+        if not isinstance(self.ssm_cfg, dict):
+            raise ValueError(f"ssm_cfg is {self.ssm_cfg!r}, expected a mapping of arguments of the mixer")
+        for name, most in _MOST_OF_MIXER.items():
+            if self.ssm_cfg.get(name, "auto") != "auto":
+                _check_size(f"{name} of ssm_cfg", self.ssm_cfg[name], most)
         layer = self.ssm_cfg.get("layer", "Mamba1")
         if layer != "Mamba1":
             raise ValueError(f"ssm_cfg asks for {layer!r} layers, but only 'Mamba1' is provided")

@@ -103,6 +103,7 @@ def decode(
         ValueError: settings that mean nothing, an empty prompt, or one that leaves nothing to generate.
     """
     check_sampling(top_k, top_p, min_p, temperature, repetition_penalty)
+    _check_tokens(input_ids, model, eos_token_id, vocab_size)
     _check_lengths(input_ids, max_length, teacher_outputs)
     batch_size, prompt_len = input_ids.shape
     params, graphs = _start(model, input_ids, max_length, cg)
@@ -142,9 +143,29 @@ def decode(
     return GenerationOutput(sequences[:, :length], tuple(scores) if output_scores else None)
 
 
-def _check_lengths(input_ids: torch.Tensor, max_length: int, teacher_outputs: torch.Tensor | None) -> None:
+def _check_tokens(
+    input_ids: torch.Tensor, model: torch.nn.Module, eos_token_id: int | None, vocab_size: int | None
+) -> None:
+    if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
+        what = str(input_ids.dtype) if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
+        raise ValueError(f"input_ids is of {what}, expected a tensor of int64 token numbers")
     if input_ids.dim() != 2 or 0 in input_ids.shape:
         raise ValueError(f"input_ids must be (batch, seqlen) with at least one token, got {tuple(input_ids.shape)}")
+    known = getattr(getattr(model, "config", None), "padded_vocab_size", None)
+    # A GPU would report this in a way that ends the use of the device.
+    if known is not None and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < known:
+        raise ValueError(
+            f"input_ids holds numbers outside the vocabulary, 0 to {known - 1}: is it another tokenizer's?"
+        )
+    if eos_token_id is not None and not isinstance(eos_token_id, int):
+        raise ValueError(f"eos_token_id is {eos_token_id!r}, expected one token number or None")
+    if vocab_size is not None and not (isinstance(vocab_size, int) and vocab_size > 0):
+        raise ValueError(f"vocab_size is {vocab_size!r}, expected a whole number of at least 1, or None")
+
+
+def _check_lengths(input_ids: torch.Tensor, max_length: int, teacher_outputs: torch.Tensor | None) -> None:
+    if not isinstance(max_length, int):
+        raise ValueError(f"max_length is {max_length!r}, expected a whole number")
     if max_length <= input_ids.shape[1]:
         raise ValueError(
             f"max_length is {max_length}, expected more than the {input_ids.shape[1]} tokens of the prompt, which count"

@@ -53,7 +53,7 @@ def modify_logit_for_repetition_penalty(
 
 def check_sampling(top_k: int, top_p: float, min_p: float, temperature: float, repetition_penalty: float = 1.0) -> None:
     """Raise ValueError for settings that mean nothing."""
-    if top_k < 0:
+    if not isinstance(top_k, int) or top_k < 0:
         raise ValueError(f"top_k is {top_k}, expected 0 (all tokens), 1 (the likeliest) or more")
     for name, value in (("top_p", top_p), ("min_p", min_p)):
         if not 0.0 <= value <= 1.0:

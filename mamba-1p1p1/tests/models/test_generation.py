@@ -165,6 +165,10 @@ def test_bfloat16(prompts):
     [
         ({"max_length": 4}, "max_length is 4, expected more than the 4 tokens of the prompt"),
         ({"top_k": -1}, "top_k is -1"),
+        ({"top_k": 1.5}, "top_k is 1.5"),
+        ({"max_length": 9.5}, "max_length is 9.5, expected a whole number"),
+        ({"eos_token_id": [1, 2]}, "eos_token_id is"),
+        ({"vocab_size": 0}, "vocab_size is 0"),
         ({"top_p": 1.5}, "top_p is 1.5, expected a probability"),
         ({"min_p": -0.1}, "min_p is -0.1"),
         ({"temperature": 0.0}, "temperature is 0.0, expected more than 0"),
@@ -175,5 +179,12 @@ def test_bfloat16(prompts):
 def test_settings_that_mean_nothing(model, prompts, settings, message):
     with pytest.raises(ValueError, match=message):
         model.generate(prompts, **({"max_length": 9} | settings))
-    with pytest.raises(ValueError, match="input_ids must be"):
-        model.generate(prompts[:, :0], 9)
+    for tokens, words in (
+        (prompts[:, :0], "input_ids must be"),
+        (prompts.float(), "input_ids is of torch.float32, expected a tensor of int64"),
+        ([[1, 2]], "input_ids is of list"),
+        (prompts + 10**6, "outside the vocabulary, 0 to"),
+        (prompts - 10**6, "outside the vocabulary, 0 to"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            model.generate(tokens, 9)

@@ -123,6 +123,10 @@ def test_published_configurations(tmp_path):
         ({"ssm_cfg": {"layer": "Mamba2"}}, "'Mamba2' layers, but only 'Mamba1' is provided"),
         ({"attn_layer_idx": [1]}, "are not provided"),
         ({"n_layer": 0}, "n_layer is 0, expected a whole number of at least 1"),
+        ({"n_layer": 10**9}, "n_layer is 1000000000, expected a whole number of at least 1 and at most 4,096"),
+        ({"ssm_cfg": {"d_state": 10**9}}, "d_state of ssm_cfg is 1000000000, expected"),
+        ({"ssm_cfg": [1]}, r"ssm_cfg is \[1\], expected a mapping"),
+        ({"d_model": "24"}, "d_model is '24', expected a whole number"),
         ([], "the configuration is a list"),
     ],
 )
