@@ -133,6 +133,22 @@ def call_overhead() -> float:
         return median_seconds(lambda: selective_scan(u, u, A, B, B, delta_softplus=True), 0.5) * 1e6
 
 
+def draw(rows: list[dict], path: Path) -> None:
+    """Rates of one core against length, and the floor that a row's rate and its distance from the floor give."""
+    kept = [r for r in rows if [int(r[k]) for k in ("batch", "dim", "states", "threads")] == [1, 384, 16, 1]]
+    by_length = sorted({int(r["len"]): r for r in kept}.items())
+    lengths = [length for length, _ in by_length]
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for key, label in (("fwd_Gupd_s", "forward"), ("bwd_Gupd_s", "backward")):
+        axes.plot(lengths, [float(r[key]) for _, r in by_length], "o-", label=label)
+    floor = statistics.mean(float(r["fwd_Gupd_s"]) * float(r["fwd_over_floor"]) for _, r in by_length)
+    axes.axhline(floor, ls="--", c="grey", label="FMA floor, forward")
+    axes.set(xscale="log", xlabel="tokens", ylabel="G state updates / s, one core", ylim=(0, None))
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer shapes, under half a minute")
@@ -177,16 +193,7 @@ def main() -> None:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    by_length = [r for r in rows if (r["batch"], r["dim"], r["states"], r["threads"]) == (1, 384, 16, 1)]
-    by_length = sorted({r["len"]: r for r in by_length}.values(), key=lambda r: r["len"])
-    figure, axes = plt.subplots(figsize=(6, 4))
-    for key, label in (("fwd_Gupd_s", "forward"), ("bwd_Gupd_s", "backward")):
-        axes.plot([r["len"] for r in by_length], [r[key] for r in by_length], "o-", label=label)
-    axes.axhline(fma / PER_UPDATE[library.instruction_set] / 1e9, ls="--", c="grey", label="FMA floor, forward")
-    axes.set(xscale="log", xlabel="tokens", ylabel="G state updates / s, one core", ylim=(0, None))
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(args.out / "scan.png", dpi=120)
+    draw(rows, args.out / "scan.png")
     console.print(f"wrote {args.out / 'scan.csv'} and {args.out / 'scan.png'}")
 
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Measure Vim against DeiT by resolution on this machine and draw it: bash scripts/benchmark.sh [--seconds 600]
-# A second call continues. Environment: PYTHON (interpreter; .venv/bin/python if it is there, else python3).
+# A second call continues. Environment: PYTHON (interpreter with this project; by default that of .venv, which is made if
+# it is not there).
 # Further arguments: see python benchmarks/resolution.py --help.
 
 set -euo pipefail
@@ -9,4 +10,10 @@ root="$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 # shellcheck source=scripts/_variables.sh
 source "$root/scripts/_variables.sh"
 clean PYTHON
+if [ -z "${PYTHON:-}" ] && [ ! -x "$root/.venv/bin/python" ]; then
+    # shellcheck source=scripts/_setup.sh
+    source "$root/scripts/_setup.sh"
+    install_project ""
+    cd "$OLDPWD"
+fi
 exec "$(interpreter "$root")" "$root/benchmarks/resolution.py" "$@"

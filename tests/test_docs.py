@@ -92,3 +92,22 @@ def test_pictures_of_the_architecture_are_those_of_the_script(tmp_path):
         assert words[0] == words[1]
         assert len(words[0]) > 5
         assert (ROOT / "assets" / f"architecture-{name}.png").is_file()
+
+
+def test_every_picture_has_a_script():
+    table = (ROOT / "CONTRIBUTING.md").read_text().partition("## How to redraw a picture")[2]
+    patterns, drawn = re.findall(r"^\| (?:other )?(`.+?`) \|", table, re.MULTILINE), set()
+    for pattern in re.findall(r"`([^`]+)`", " ".join(patterns)):
+        drawn |= {path.name for path in (ROOT / "assets").glob(pattern)}
+    shown = {Path(target).name for page in PAGES for target in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page.read_text())}
+    assert len(shown) > 10
+    assert shown <= drawn
+    for script in re.findall(r"`python (\w+/\w+\.py)", table):
+        assert (ROOT / script).is_file()
+
+
+@pytest.mark.slow
+def test_pictures_of_measurements(tmp_path):
+    script = ROOT / "benchmarks" / "draw_results.py"
+    subprocess.run([sys.executable, script, tmp_path], check=True, timeout=300)
+    assert {path.name for path in tmp_path.iterdir()} == {"gpu-sweep.png", "cpu_models.png", "cpu_scan.png"}
