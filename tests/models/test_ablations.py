@@ -178,6 +178,20 @@ def test_small_images_of_a_dynamic_model():
         model(torch.zeros(1, 3, 3, 32))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("drop_path_rate", "x"), ("drop_rate", True), ("norm_epsilon", float("nan")), ("norm_epsilon", "a"),
+        ("init_layer_scale", float("nan")), ("scan_pool_scale", "x"), ("pt_hw_seq_len", 0), ("depth", True),
+        ("ssm_cfg", [1]), ("ssm_cfg", {"d_state": 10**9}), ("ssm_cfg", {"expand": 10**6}), ("merge_blocks", 3),
+        ("ssm_cfg", {"d_state": "16"}), ("dtype", torch.int8), ("dtype", "float32"),
+    ],
+)  # fmt: skip
+def test_values_of_other_kinds_are_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=f"^({name}|.* of {name}) is .*expected"):
+        timm.create_model(NANO, **{name: value})
+
+
 def test_out_indices_of_features_only():
     with pytest.raises(ValueError, match="indices"):
         timm.create_model(NANO, depth=2, features_only=True, out_indices=(0, 5))

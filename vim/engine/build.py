@@ -21,6 +21,12 @@ from vim.engine.training import model_options
 from vim.errors import UserError
 from vim.flags import Flags, Model
 
+# Arguments of models that flags set.
+_FLAGS = {
+    "num_classes": "--num-classes", "drop_rate": "--drop", "drop_path_rate": "--drop-path", "in_chans": "--in-chans",
+    "img_size": "--input-size", "num_frames": "--num-frames",
+}  # fmt: skip
+
 
 def build_model(args: Model, num_classes: int, name: str = "", options: dict[str, Any] | None = None) -> nn.Module:
     """The model that `--model` names, with `--model-kwargs`; or `name`, with `options`.
@@ -31,6 +37,10 @@ def build_model(args: Model, num_classes: int, name: str = "", options: dict[str
     name, options = (name, options or {}) if name else (args.model, args.model_kwargs)
     if loading := [key for key in options if key.startswith(("pretrained", "cache_dir", "checkpoint_path"))]:
         raise UserError(f"--model-kwargs {loading[0]} loads weights: leave it out and pass --finetune FILE")
+    if unfit := [key for key in options if key in ("device", "dtype", "features_only", "feature_cls", "out_indices")]:
+        raise UserError(
+            f"--model-kwargs {unfit[0]} is not for a classifier of main.py: leave it out (see also --device)"
+        )
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3) or timm.list_models("vim_*")
         raise UserError(f"there is no model {name!r}: did you mean {', '.join(close)}?")
@@ -38,15 +48,18 @@ def build_model(args: Model, num_classes: int, name: str = "", options: dict[str
     # Models of any image size, such as convolutional ones, have no such argument.
     size = {"img_size": args.image_size} if cfg is not None and cfg.fixed_input_size else {}
     clip = {"num_frames": args.num_frames} if args.data_set == "CLIPS" else {}
-    create = partial(
-        timm.create_model, name, num_classes=num_classes, drop_rate=args.drop, drop_path_rate=args.drop_path,
-        in_chans=args.in_chans, **size, **clip, **options,
-    )  # fmt: skip
+    own = {
+        "num_classes": num_classes, "drop_rate": args.drop, "drop_path_rate": args.drop_path, "in_chans": args.in_chans,
+        **size, **clip,
+    }  # fmt: skip
+    if twice := [key for key in options if key in own]:
+        raise UserError(f"--model-kwargs {twice[0]} has a flag of its own: pass {_FLAGS[twice[0]]}")
+    create = partial(timm.create_model, name, **own, **options)
     try:
         # A checkpoint may ask for sizes that fit no memory.
         if (needed := _bytes_of(create)) > (free := free_memory()):
             raise ValueError(f"its weights take {needed / 2**30:,.1f} GiB, and {free / 2**30:,.1f} are free")
-        return create()
+        model = create()
     except (ValueError, AssertionError, MemoryError) as error:
         raise UserError(
             f"{name} cannot be built with --input-size {args.input_size} {_text(options)}: {error}"
@@ -57,6 +70,9 @@ def build_model(args: Model, num_classes: int, name: str = "", options: dict[str
         raise UserError(f"{name} with {_text(options)} does not fit into memory: choose a smaller one") from error
     except TypeError as error:
         raise UserError(f"{name} cannot be built with {_text(options)}: {error}") from error
+    if getattr(model, "num_frames", 0) and not clip:
+        raise UserError(f"{name} takes clips, and --data-set {args.data_set} has images: pass --data-set CLIPS")
+    return model
 
 
 def _bytes_of(create: Callable[[], nn.Module]) -> int:

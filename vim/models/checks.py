@@ -1,7 +1,9 @@
 """Checks of the arguments of `VisionMamba`; each error is one sentence."""
 
+import math
 from typing import Any
 
+import torch
 from timm.models._features import feature_take_indices
 
 from vim.models.tokens import GLOBAL_POOLS
@@ -28,11 +30,12 @@ def check_arguments(**given: Any) -> None:
     """
     for name, (least, most) in _SIZES.items():
         value = given[name]
-        if not isinstance(value, int) or not least <= value <= most:
-            raise ValueError(f"{name} is {value!r}, expected a whole number of at least {least} and at most {most:,}")
+        _check_size(name, value, least, most)
     for name in ("drop_rate", "drop_path_rate", "head_drop_rate"):
-        if not 0.0 <= given[name] < 1.0:
+        if not _is_number(given[name]) or not 0.0 <= given[name] < 1.0:
             raise ValueError(f"{name} is {given[name]!r}, expected a probability below 1")
+    _check_numbers(given)
+    _check_mixer(given["ssm_cfg"])
     pools = [published for published in GLOBAL_POOLS.values() if published]
     if given["final_pool_type"] not in pools:
         raise ValueError(f"final_pool_type is {given['final_pool_type']!r}, expected one of {', '.join(pools)}")
@@ -46,9 +49,45 @@ def check_arguments(**given: Any) -> None:
     _check_merging(given)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check_size(name: str, value: Any, least: int, most: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise ValueError(f"{name} is {value!r}, expected a whole number of at least {least} and at most {most:,}")
+
+
+def _check_numbers(given: dict[str, Any]) -> None:
+    epsilon = given["norm_epsilon"]
+    if not _is_number(epsilon) or not 0.0 <= epsilon < 1.0:
+        raise ValueError(f"norm_epsilon is {epsilon!r}, expected a number of at least 0 and below 1")
+    for name in ("init_layer_scale", "scan_pool_scale"):
+        value = given[name]
+        if not (value is None and name == "init_layer_scale") and not (_is_number(value) and math.isfinite(value)):
+            raise ValueError(f"{name} is {value!r}, expected a finite number")
+    dtype = given["dtype"]
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype is {dtype!r}, expected a floating point type of torch, such as torch.bfloat16")
+
+
+def _check_mixer(ssm_cfg: Any) -> None:
+    if ssm_cfg is None:
+        return
+    if not isinstance(ssm_cfg, dict):
+        raise ValueError(f"ssm_cfg is {ssm_cfg!r}, expected a mapping of arguments of Mamba")
+    expand = ssm_cfg.get("expand", 1)
+    if not _is_number(expand) or not 0 < expand <= 64:
+        raise ValueError(f"expand of ssm_cfg is {expand!r}, expected a number above 0 and at most 64")
+    for name, most in (("d_state", 1024), ("d_conv", 64), ("dt_rank", 2**16)):
+        if name in ssm_cfg and (name, ssm_cfg[name]) != ("dt_rank", "auto"):
+            _check_size(f"{name} of ssm_cfg", ssm_cfg[name], 1, most)
+
+
 def _check_rotary(given: dict[str, Any]) -> None:
     if given["if_rope_residual"] and not given["if_rope"]:
         raise ValueError("if_rope_residual needs if_rope=True: there is no rotary table to turn the residual with")
+    _check_size("pt_hw_seq_len", given["pt_hw_seq_len"], 1, 2**16)
     if given["if_rope"] and given["embed_dim"] % 4:
         raise ValueError(f"if_rope needs embed_dim to be a multiple of 4, got {given['embed_dim']}")
 
@@ -114,9 +153,13 @@ def _check_clips(given: dict[str, Any]) -> None:
 
 def _check_merging(given: dict[str, Any]) -> None:
     ratio, blocks, depth = given["merge_ratio"], given["merge_blocks"], given["depth"]
-    if not 0.0 <= ratio <= 0.5:
+    if not _is_number(ratio) or not 0.0 <= ratio <= 0.5:
         raise ValueError(f"merge_ratio is {ratio!r}, expected a share from 0 to 0.5")
-    if blocks is not None and (not blocks or any(not isinstance(i, int) or not 0 <= i < depth for i in blocks)):
+    if blocks is not None and (
+        not isinstance(blocks, list | tuple)
+        or not blocks
+        or any(not isinstance(i, int) or not 0 <= i < depth for i in blocks)
+    ):
         raise ValueError(f"merge_blocks is {blocks!r}, expected blocks from 0 to {depth - 1}")
     if ratio == 0:
         return

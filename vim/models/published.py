@@ -214,6 +214,8 @@ def translate_arguments(architecture: str, model: str | None = None, **arguments
 
 
 def _of_constructor(name: str) -> str:
+    if not isinstance(name, str):
+        raise ValueError(f"the architecture is {name!r}, expected one of {', '.join(_ARCHITECTURES)}")
     if name in _CLASSES:
         return _CLASSES[name]
     for architecture, pattern in _CONSTRUCTORS:

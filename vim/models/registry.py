@@ -301,8 +301,8 @@ def check_tag(name: str) -> None:
     Raises:
         ValueError: see above; the message names those it has.
     """
-    architecture, _, tag = name.partition(".")
+    architecture, point, tag = name.partition(".")
     known = list(get_arch_pretrained_cfgs(architecture))
-    if tag and name not in known:
+    if point and name not in known:
         has = f"has {', '.join(known)}" if known else "has no weights with a name"
         raise ValueError(f"there is no model {name}: {architecture} {has}; leave out .{tag}")

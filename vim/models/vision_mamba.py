@@ -163,7 +163,9 @@ class VisionMamba(TimmContract):
             if_rope_residual=if_rope_residual, bimamba_type=bimamba_type, if_cls_token=if_cls_token,
             num_registers=num_registers, register_reduce=register_reduce, scan_pool=scan_pool, num_frames=num_frames,
             tubelet_size=tubelet_size, mlp_dim=mlp_dim, pad_patches=pad_patches, column_major=column_major,
-            weight_init=weight_init, merge_ratio=merge_ratio, merge_blocks=merge_blocks,
+            weight_init=weight_init, merge_ratio=merge_ratio, merge_blocks=merge_blocks, norm_epsilon=norm_epsilon,
+            init_layer_scale=init_layer_scale, scan_pool_scale=scan_pool_scale, pt_hw_seq_len=pt_hw_seq_len,
+            ssm_cfg=ssm_cfg, dtype=dtype,
         )  # fmt: skip
         factory = {"device": device, "dtype": dtype}
         self.num_classes, self.drop_rate, self.depth = num_classes, drop_rate, depth

@@ -14,7 +14,7 @@ _SETTINGS_OF_TRANSFORMERS = {  # name in ssm_cfg: name in transformers' MambaCon
 
 # Far beyond any model that was trained: a file that asks for more would keep a process busy until memory ends.
 _MOST = {"d_model": 2**17, "n_layer": 4096, "vocab_size": 10**7, "pad_vocab_size_multiple": 2**16}
-_MOST_OF_MIXER = {"d_state": 1024, "d_conv": 64, "expand": 64, "dt_rank": 2**17}
+_MOST_OF_MIXER = {"d_state": 1024, "d_conv": 64, "dt_rank": 2**17}
 
 
 def _check_size(name: str, size: Any, most: int) -> None:
@@ -66,6 +66,9 @@ class MambaConfig:
         for name, most in _MOST_OF_MIXER.items():
             if self.ssm_cfg.get(name, "auto") != "auto":
                 _check_size(f"{name} of ssm_cfg", self.ssm_cfg[name], most)
+        expand = self.ssm_cfg.get("expand", 2)
+        if not isinstance(expand, int | float) or not 0 < expand <= 64:
+            raise ValueError(f"expand of ssm_cfg is {expand!r}, expected a number above 0 and at most 64")
         layer = self.ssm_cfg.get("layer", "Mamba1")
         if layer != "Mamba1":
             raise ValueError(f"ssm_cfg asks for {layer!r} layers, but only 'Mamba1' is provided")
