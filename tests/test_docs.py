@@ -17,7 +17,8 @@ FOREIGN = {
     "Mamba.__init__() got an unexpected keyword argument 'bimamba_type'", "size mismatch for pos_embed",
     "shape '[-1, 14, 14, 192]' is invalid", "CUDA out of memory", "DataLoader worker exited unexpectedly", "Bus error",
     "Address already in use", "Expected u.is_cuda() to be true", "torch.compile", "torch.export",
-    "No module named 'pkg_resources'",
+    "No module named 'pkg_resources'", "No module named 'selective_scan_cuda'", "No module named 'causal_conv1d_cuda'",
+    "Loss is nan, stopping training",
 }  # fmt: skip
 
 
@@ -41,6 +42,14 @@ def test_links(page):
         assert linked.exists(), target
         if anchor:
             assert anchor in anchors(linked), target
+
+
+@pytest.mark.parametrize("page", PAGES[:2] + PAGES[3:], ids=lambda page: page.name)
+def test_scripts_and_recipes_exist(page):
+    for path in re.findall(
+        r"(?<![\w/.])((?:scripts|benchmarks|det|seg|recipes)/[\w./-]+\.(?:py|sh|yaml))", page.read_text()
+    ):
+        assert (ROOT / path).is_file() or (ROOT / "vim" / path).is_file(), path
 
 
 @pytest.mark.slow

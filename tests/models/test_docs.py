@@ -1,4 +1,4 @@
-"""Every block of Python in docs/model.md and docs/deploy.md runs."""
+"""Every block of Python in docs/model.md, deploy.md, tutorials.md and migration.md runs."""
 
 import re
 import warnings
@@ -25,6 +25,17 @@ def test_blocks(tmp_path: Path, monkeypatch) -> None:
         for block in BLOCKS:
             if "export_onnx" not in block:
                 exec(compile(block, "docs/model.md", "exec"), names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "count"), [("tutorials", 4), ("migration", 1)])
+def test_blocks_of_other_pages(name: str, count: int) -> None:
+    page = Path(__file__).parents[2] / "docs" / f"{name}.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    assert len(blocks) == count
+    names: dict = {}
+    for block in blocks:
+        exec(compile(block, str(page), "exec"), names)
 
 
 @pytest.mark.slow
