@@ -6,6 +6,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -264,6 +266,29 @@ def test_mask2former_learns_and_a_broken_loss_is_said(folder, tmp_path):
     assert 0 <= metrics["mIoU"] <= 100
     with pytest.raises(UserError, match="pass a smaller --lr"):
         cli.run("seg", flags_of(folder, tmp_path / "broken", "--amp", "bf16", "--lr", "1e30"))
+
+
+@pytest.mark.slow
+def test_two_processes_share_images_and_metrics(folder, tmp_path):
+    """Three validation images for two processes: the metrics are those of one process over all."""
+    shapes.write(tmp_path / "data", train=4, val=3, size=64)
+    root = Path(__file__).parents[2]
+    command = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        root / "det" / "torchvision_train.py",
+    ]
+    done = subprocess.run(
+        [sys.executable, *map(str, command), *flags_of(tmp_path / "data", tmp_path / "run")],
+        env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        text=True, capture_output=True, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    metrics = training.read(tmp_path / "run" / "checkpoint.pth")["metrics"]
+    evaluated = cli.run("det", ["--data", str(tmp_path / "data"), "--eval", "--output-dir", str(tmp_path / "run")])
+    assert evaluated == pytest.approx(metrics)
 
 
 def test_tasks_name_their_metric():

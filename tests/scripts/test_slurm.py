@@ -82,6 +82,25 @@ def test_faults_end_in_a_sentence(tmp_path):
         assert "Traceback" not in done.stderr
 
 
+def test_dense_job_runs_torchrun_on_every_node(tmp_path):
+    script = SUBMIT.with_name("dense.sbatch")
+    for name, text in (("srun", 'printf "%s\\n" "$@"'), ("scontrol", "echo node7; echo node8")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {
+        "PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHON": "python3", "SLURM_JOB_ID": "12345", "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_GPUS_ON_NODE": "4", "SLURM_SUBMIT_DIR": str(SUBMIT.parents[2]),
+    }  # fmt: skip
+    argv = ["det/torchvision_train.py", "--data", "/path to/coco"]
+    done = subprocess.run(["bash", script, *argv], env=env, text=True, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    printed = done.stdout.splitlines()
+    assert {"--nnodes=2", "--nproc-per-node=4", "--rdzv-endpoint=node7:29845"} <= set(printed)
+    assert printed[-3:] == argv
+    done = subprocess.run(["bash", script], env=env, text=True, capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr[:6]) == (2, "error:")
+
+
 @pytest.mark.slow
 def test_two_processes_on_this_machine(jpegs, tmp_path):
     """submitit starts both, they find each other, and train one model; the same command goes on from its checkpoint."""

@@ -203,7 +203,8 @@ def _train(task: Any, values: dict[str, Any], given: set[str]) -> dict[str, floa
         metrics = trainer.train()
     if not all(math.isfinite(v) for v in metrics.values()):
         raise UserError("a metric is not a number: the validation images have no annotations")
-    print(f"{folder / LAST}: {say(metrics)}" if metrics else f"{folder / LAST}: not evaluated yet")
+    if trainer.accelerator.is_main_process:
+        print(f"{folder / LAST}: {say(metrics) or 'not evaluated yet'}")
     return metrics
 
 

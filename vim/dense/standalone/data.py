@@ -1,6 +1,8 @@
 """Readers of data sets laid out as COCO and as ADE20K, and batches whose random numbers follow from their place."""
 
 import json
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -223,11 +225,24 @@ def find_data(data: str, folder: Path) -> Path:
     """
     if data == "shapes":
         if not (folder / "annotations" / "instances_validation.json").is_file():
-            shapes.write(folder)
+            _write_shapes(folder)
         return folder
     if not Path(data).is_dir():
         raise UserError(f"there is no data set at {data}: give its folder, or --data shapes for synthetic ones")
     return Path(data)
+
+
+def _write_shapes(folder: Path) -> None:
+    """Write the shapes as a whole: processes that start together all find the folder missing."""
+    if folder.exists():
+        shapes.write(folder)
+        return
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shapes.write(temporary)
+    try:
+        temporary.rename(folder)
+    except OSError:  # another process was first
+        shutil.rmtree(temporary)
 
 
 class EndlessSampler(Sampler[tuple[int, int]]):

@@ -140,7 +140,7 @@ class Detection(Task):
         from torchmetrics.detection import MeanAveragePrecision
 
         device = next(model.parameters()).device
-        metric = MeanAveragePrecision(iou_type=("bbox", "segm"))
+        metric = MeanAveragePrecision(iou_type=("bbox", "segm"), sync_on_compute=False)
         metric.warn_on_many_detections = False
         for i in indices:
             image, target = data[i]
@@ -148,7 +148,13 @@ class Detection(Task):
             found = {name: value.cpu() for name, value in found.items()}
             found["masks"] = found["masks"][:, 0] >= 0.5
             metric.update([found], [{**_plain(target), "masks": target["masks"].bool()}])
-        values = metric.to(device).compute()
+        if torch.distributed.is_initialized():
+            # torchmetrics' own exchange hangs where processes have other numbers of images.
+            shares: list[Any] = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(shares, metric.metric_state)
+            for name in shares[0]:
+                setattr(metric, name, [item for share in shares for item in share[name]])
+        values = metric.compute()
         names = {"bbox": "box", "segm": "mask"}
         return {
             f"{names[kind]}_{name.replace('map', 'mAP').replace('_50', '50').replace('_75', '75')}": 100

@@ -92,7 +92,8 @@ class Trainer:
             raise UserError("--amp fp16 needs a GPU: pass bf16, or leave it out")
         self.task, self.spec, self.schedule, self.folder = task, spec, schedule, folder
         self.train_data, self.eval_data = train_data, eval_data
-        self.accelerator = Accelerator(mixed_precision=schedule.amp)
+        # Without being told so, accelerate takes processes on CPUs for strangers.
+        self.accelerator = Accelerator(mixed_precision=schedule.amp, cpu=not torch.accelerator.is_available())
         name, features = features_of(model)
         groups = layer_decay_groups(
             model.named_parameters(), features.vim, f"{name}.vim.", schedule.layer_decay, schedule.weight_decay
@@ -159,7 +160,8 @@ class Trainer:
                     self.metrics = self.evaluate()
                     for name, value in self.metrics.items() if writer else ():
                         writer.add_scalar(f"eval/{name}", value, self.step)
-                    tqdm.write(f"step {self.step}: {say(self.metrics)}")
+                    if writer:
+                        tqdm.write(f"step {self.step}: {say(self.metrics)}")
                     self.save()
                 elif stopping:
                     self.save()
