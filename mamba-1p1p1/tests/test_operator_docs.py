@@ -14,7 +14,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["compat", "others"])
-@pytest.mark.parametrize(("document", "count"), [("operators.md", 5), ("language-model.md", 3)])
+@pytest.mark.parametrize(("document", "count"), [("operators.md", 6), ("language-model.md", 3)])
 def test_blocks_run(document, count, first, tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / document).read_text(), flags=re.DOTALL)
     assert len(blocks) == count
