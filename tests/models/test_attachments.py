@@ -78,7 +78,8 @@ def test_hooks_of_every_kind_fire_on_every_module(name: str) -> None:
     (gradient,) = torch.autograd.grad(out.square().sum(), x)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-3, atol=1e-5)
     every = ["before", "after", "backward before", "backward after"]
-    assert {n: calls for n, calls in fired.items() if calls != every} == {}
+    # A feature map is taken from beside the path to the logits, so no gradient comes back through it.
+    assert {n: calls for n, calls in fired.items() if calls != (every[:2] if n.endswith(".map") else every)} == {}
 
 
 @pytest.mark.parametrize("part", [*PARTS, "norm_f"])

@@ -105,9 +105,8 @@ class FeatureMap(nn.Module):
             hidden: what the map would be of.
             whole: the block has a map; the first one of a pair has none.
         """
-        return whole and (
-            bool(self.__dict__["_forward_hooks"]) or (isinstance(hidden, torch.fx.Proxy) and not self.merged)
-        )
+        hooked = self.__dict__["_forward_hooks"] or self.__dict__["_forward_pre_hooks"]
+        return whole and (bool(hooked) or (isinstance(hidden, torch.fx.Proxy) and not self.merged))
 
 
 class MixerBlock(nn.Module):
