@@ -112,6 +112,23 @@ def test_a_requeued_job_waits_for_the_lock_of_its_predecessor(argv, sentence, mo
     assert not (folder / lock.NAME).exists()
 
 
+def test_a_requeued_job_reads_the_last_checkpoint_of_its_predecessor(argv, monkeypatch, tmp_path):
+    folder, order = tmp_path / "o", []
+    folder.mkdir()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    pid = holding(folder)
+
+    def sleep(seconds):
+        order.append("waited")
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+    monkeypatch.setattr(lock.time, "sleep", sleep)
+    monkeypatch.setattr(checkpoints, "read", lambda *_: order.append("read"))
+    assert run.main([*argv, "--resume", "auto"]) == 0
+    assert order == ["waited", "read"]
+
+
 def test_a_removed_lock_is_not_waited_for(tmp_path):
     """Whoever opened the file just before its holder removed it must not take it for the folder's."""
     (tmp_path / lock.NAME).touch()

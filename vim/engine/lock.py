@@ -46,10 +46,26 @@ def locked(folder: Path | None) -> Iterator[None]:
             os.close(descriptor)
 
 
+def requeued() -> bool:
+    """Whether SLURM has started this job before."""
+    return bool(os.environ.get("SLURM_RESTART_COUNT", "0").strip("0"))
+
+
+def wait_for_predecessor(folder: Path) -> None:
+    """Wait until the folder of a requeued job is free, so that what is then read is the last that was written.
+
+    Raises:
+        UserError: see `locked`.
+    """
+    if folder.is_dir():
+        with locked(folder):
+            pass
+
+
 def _take(path: Path) -> int | None:
     if fcntl is None:
         return None
-    patience = time.monotonic() + (REQUEUED_WAIT_S if os.environ.get("SLURM_RESTART_COUNT", "0").strip("0") else 0)
+    patience = time.monotonic() + (REQUEUED_WAIT_S if requeued() else 0)
     while True:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)

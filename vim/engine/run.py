@@ -28,7 +28,7 @@ from vim.engine.inherited import (
     match_classes,
     read_weights,
 )
-from vim.engine.lock import locked
+from vim.engine.lock import locked, requeued, wait_for_predecessor
 from vim.engine.losses import TrainingLoss
 from vim.engine.pretraining import PretrainingCriterion, build_pretraining, evaluate_pretraining
 from vim.engine.reporting import Reporter, to_json
@@ -78,6 +78,8 @@ def run(argv: list[str] | None = None) -> dict[str, float]:
     if not context.is_main:
         _logger.setLevel(logging.ERROR)
     check_kernels(context.device.type)
+    if args.resume == "auto" and args.output_dir and not args.eval and requeued():
+        in_main_process(lambda: wait_for_predecessor(Path(args.output_dir)), context)
     checkpoint = checkpoints.read(args.resume, args.output_dir) if args.resume else None
     own = checkpoint is not None and checkpoints.is_own(checkpoint)
     if own:
