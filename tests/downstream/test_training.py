@@ -68,11 +68,12 @@ def test_several_scales_and_mirror_images_help_or_keep(trained_seg, shapes, trai
 def test_detection_merges_boxes_of_several_scales(trained_det, shapes, train_shapes, run_tool, tmp_path):
     done = run_tool(
         "det/test.py", train_shapes.configs["det"], trained_det.checkpoint(max(trained_det.losses)), "--data-root",
-        shapes, "--tta", "--work-dir", tmp_path, "--cfg-options", "test_dataloader.dataset.indices=10",
+        shapes, "--tta", "--work-dir", tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     figure = float((done.stdout + done.stderr).rsplit("coco/bbox_mAP_50: ", 1)[1].split()[0])
-    assert figure >= 0.3
+    # Near the plain figure, which the training's test holds to half and more, if boxes are turned back as they should.
+    assert figure >= 0.4
 
 
 @pytest.mark.parametrize("task", ["seg", "det"])
