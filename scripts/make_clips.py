@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from make_shapes import shape_mask
 from PIL import Image
+
+from vim.dense.shapes import shape_mask
 
 DIRECTIONS = {"down": (1, 0), "left": (0, -1), "right": (0, 1), "up": (-1, 0)}
 

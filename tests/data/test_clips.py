@@ -116,17 +116,32 @@ def test_bad_clips_are_said(folder: Path, monkeypatch) -> None:
     assert main(["--data-set", "CLIPS", "--data-path", str(folder / "none")]) == 2
 
 
-@pytest.mark.slow
-def test_directions_are_learnt(tmp_path: Path) -> None:
-    """A tiny VideoMamba tells directions of movement apart, which no single frame shows; mixing of clips works."""
+@pytest.fixture
+def make_clips():
+    """`scripts/make_clips.py` as a module."""
     spec = importlib.util.spec_from_file_location("make_clips", SCRIPTS / "make_clips.py")
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(SCRIPTS))
-    module.main([str(tmp_path / "clips"), "--train", "1600", "--val", "200"])
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_synthetic_clips(make_clips, tmp_path: Path) -> None:
+    assert make_clips.main([str(tmp_path), "--train", "4", "--val", "4", "--frames", "3", "--size", "16"]) == 0
+    for split in ("train", "val"):
+        assert sorted(path.parent.name for path in (tmp_path / split).rglob("*.webp")) == [
+            "down",
+            "left",
+            "right",
+            "up",
+        ]
+    with Image.open(tmp_path / "val" / "left" / "0001.webp") as clip:
+        assert (clip.n_frames, clip.size) == (3, (16, 16))
+
+
+@pytest.mark.slow
+def test_directions_are_learnt(make_clips, tmp_path: Path) -> None:
+    """A tiny VideoMamba tells directions of movement apart, which no single frame shows; mixing of clips works."""
+    make_clips.main([str(tmp_path / "clips"), "--train", "1600", "--val", "200"])
     recipe = SCRIPTS.parent / "vim" / "recipes" / "clips.yaml"
     common = ["--config", str(recipe), "--data-path", str(tmp_path / "clips"), "--device", "cpu"]
     run([*common, "--epochs", "1", "--cutmix", "1", "--mixup", "0.8", "--output-dir", str(tmp_path / "mixed")])
