@@ -32,6 +32,7 @@ from vim.engine.lock import locked, requeued, wait_for_predecessor
 from vim.engine.losses import TrainingLoss
 from vim.engine.pretraining import PretrainingCriterion, build_pretraining, evaluate_pretraining
 from vim.engine.reporting import Reporter, to_json
+from vim.engine.signals import handled
 from vim.engine.state import TrainState
 from vim.engine.training import build_backward, train_one_epoch
 from vim.environment import check_kernels
@@ -40,11 +41,6 @@ from vim.flags import Flags, Optimisation
 from vim.models.checkpoint import has_ema
 
 _logger = logging.getLogger("vision_mamba")
-
-# Windows has no user signals.
-_STOP_SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
-)
 
 
 def set_up_logging() -> None:
@@ -163,12 +159,8 @@ def _stopping_on_signals(state: TrainState) -> Iterator[None]:
             raise KeyboardInterrupt
         state.stop_requested = True
 
-    before = {signum: signal.signal(signum, stop) for signum in _STOP_SIGNALS}
-    try:
+    with handled(("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"), stop):
         yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
 
 
 @contextmanager

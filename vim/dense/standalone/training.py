@@ -2,7 +2,6 @@
 
 import logging
 import math
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ from vim.dense.features import layer_decay_groups
 from vim.dense.standalone.data import EndlessSampler, Seeded
 from vim.dense.standalone.task import Spec, Task, features_of
 from vim.engine.checkpoints import save_atomically
+from vim.engine.signals import handled
 from vim.errors import UserError
 from vim.models.checkpoint import CheckpointError, load_checkpoint
 
@@ -295,10 +295,5 @@ def _stop_on_signals(accelerator: Accelerator) -> Iterator[None]:
     def stop(*_: Any) -> None:
         accelerator.set_trigger()
 
-    signals = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-    before = {number: signal.signal(number, stop) for number in signals}
-    try:
+    with handled(("SIGTERM", "SIGUSR1"), stop):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
