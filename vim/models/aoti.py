@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from mamba_ssm_vim.ops.mixer.op import kept_whole
 
+from vim.models.checks import ready_for_export
 from vim.models.vision_mamba import VisionMamba
 
 
@@ -26,19 +27,9 @@ def export_aoti(model: VisionMamba, file: str | Path) -> None:
     """
     if Path(file).suffix != ".pt2":
         raise ValueError(f"{file} must end in .pt2, which torch asks of a package")
-    kinds = {p.dtype for p in model.parameters()}
-    if kinds != {torch.float32}:
-        raise ValueError(
-            f"the model holds {', '.join(sorted(map(str, kinds)))}: convert it with .float() for the export"
-        )
-    training = model.training
-    model.eval()
-    try:
-        # Without these settings a graph is for batches of two and more.
-        with kept_whole(), torch.no_grad(), torch.fx.experimental._config.patch(backed_size_oblivious=True):
-            example, free = torch.zeros(2, *model.input_shape), {0: torch.export.Dim("batch")}
-            program = torch.export.export(model, (example,), dynamic_shapes=(free,))
-            settings = {"aot_inductor.check_lowerbound": False}
-            torch._inductor.aoti_compile_and_package(program, package_path=str(file), inductor_configs=settings)
-    finally:
-        model.train(training)
+    # Without these settings a graph is for batches of two and more.
+    with ready_for_export(model), kept_whole(), torch.fx.experimental._config.patch(backed_size_oblivious=True):
+        example, free = torch.zeros(2, *model.input_shape), {0: torch.export.Dim("batch")}
+        program = torch.export.export(model, (example,), dynamic_shapes=(free,))
+        settings = {"aot_inductor.check_lowerbound": False}
+        torch._inductor.aoti_compile_and_package(program, package_path=str(file), inductor_configs=settings)

@@ -1,6 +1,8 @@
 """Checks of the arguments of `VisionMamba`; each error is one sentence."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -204,3 +206,24 @@ def checked_indices(depth: int, pairs: bool, indices: int | list[int] | None) ->
     if pairs and any(i % 2 == 0 for i in take):
         raise ValueError(f"blocks work in pairs (if_bidirectional), so indices must be odd, got {take}")
     return take, last
+
+
+@contextmanager
+def ready_for_export(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, a float32 model is in evaluation mode and records no gradients.
+
+    Raises:
+        ValueError: the model is not float32 throughout.
+    """
+    kinds = {p.dtype for p in model.parameters()}
+    if kinds != {torch.float32}:
+        raise ValueError(
+            f"the model holds {', '.join(sorted(map(str, kinds)))}: convert it with .float() for the export"
+        )
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)

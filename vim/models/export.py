@@ -11,6 +11,7 @@ import torch
 from mamba_ssm_vim.ops.mixer.op import kept_whole
 from onnxscript import values
 
+from vim.models.checks import ready_for_export
 from vim.models.vision_mamba import VisionMamba
 
 OPSET = 18
@@ -57,29 +58,19 @@ def export_onnx(model: VisionMamba, file: str | Path, *, native: bool = False) -
     Raises:
         ValueError: the model is not float32 throughout.
     """
-    kinds = {p.dtype for p in model.parameters()}
-    if kinds != {torch.float32}:
-        raise ValueError(
-            f"the model holds {', '.join(sorted(map(str, kinds)))}: convert it with .float() for the export"
-        )
-    training = model.training
-    model.eval()
     whole = kept_whole() if native else contextlib.nullcontext()
     translations = {torch.ops.vision_mamba.mixer.default: _native_mixer} if native else None
-    try:
-        with whole, torch.no_grad():
-            program = torch.onnx.export(
-                model,
-                (torch.zeros(2, *model.input_shape),),
-                input_names=["images"],
-                output_names=["logits"],
-                dynamic_shapes={"x": {0: torch.export.Dim("batch")}},
-                opset_version=OPSET,
-                custom_translation_table=translations,
-                dynamo=True,
-                verbose=False,
-            )
-    finally:
-        model.train(training)
+    with ready_for_export(model), whole:
+        program = torch.onnx.export(
+            model,
+            (torch.zeros(2, *model.input_shape),),
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes={"x": {0: torch.export.Dim("batch")}},
+            opset_version=OPSET,
+            custom_translation_table=translations,
+            dynamo=True,
+            verbose=False,
+        )
     program.save(str(file))
     return onnx.load(str(file))
