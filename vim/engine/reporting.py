@@ -99,6 +99,7 @@ class Reporter:
                 # The file gets its lines even if the caller has not set up logging.
                 _logger.setLevel(logging.INFO)
         self._live = enabled and sys.stderr.isatty()
+        self._on_gpu = args.device == "cuda" and torch.cuda.is_available()
         self._progress: Progress | None = None
         self._task: Any = None
         self._records: list[dict[str, Any]] = []
@@ -164,7 +165,7 @@ class Reporter:
     def _parts(self, seconds: float, steps: int) -> str:
         """What a step's time went into; the largest part bounds the run. On a CPU the host is the device."""
         data, device = (1e3 * t / steps for t in (self._data_wait, self._device_wait))
-        if self._args.device == "cpu" or not torch.cuda.is_available():
+        if not self._on_gpu:
             return f"data {data:.0f}"
         return f"data {data:.0f}, host {max(1e3 * seconds / steps - data - device, 0):.0f}, GPU {device:.0f}"
 
